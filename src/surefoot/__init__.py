@@ -1,0 +1,34 @@
+"""surefoot: PyTorch optimizers that find their own step size, and a laboratory that shows which of them to trust.
+
+The public face, and nothing else. Names are looked up when first used (PEP 562), so that ``surefoot --help`` need not
+wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from surefoot._version import __version__
+
+if TYPE_CHECKING:
+    from surefoot.optim import AdamUpd, CoRe, DropoutRprop, Rates, SelfTuning, SGDUpd, SRprop
+
+__all__ = [
+    "AdamUpd",
+    "CoRe",
+    "DropoutRprop",
+    "Rates",
+    "SGDUpd",
+    "SRprop",
+    "SelfTuning",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        return getattr(import_module("surefoot.optim"), name)
+    raise AttributeError(f"module 'surefoot' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,223 @@
+"""Which way: a direction turns the gradient into the update ``u`` that the weight goes against.
+
+Each is a frozen dataclass (its fields are the options that a parameter group may override) and one pure function of
+tensors. Times a constant rate they are the optimizers of ``torch.optim``:
+
+=============== ================================= ==========================================
+direction       times ``rules.Constant(r)``       update
+=============== ================================= ==========================================
+``SGD``         ``torch.optim.SGD(lr=r)``         u = g
+``Momentum``    ``SGD(momentum=mu)``              b <- mu b + (1 - dampening) g;  u = b
+``Nesterov``    ``SGD(momentum=mu, nesterov)``    b <- mu b + g;  u = g + mu b
+``Adam``        ``Adam`` / ``AdamW``              u = m_hat / (sqrt(v_hat) + eps)
+``Sign``        signSGD                           u = sign(g)
+=============== ================================= ==========================================
+
+Weight decay ``w`` is *coupled* by default (g <- g + w weight, as in ``torch.optim.SGD`` and ``Adam``); with
+``decoupled_weight_decay`` it is added to the update instead (u <- u + w weight, as in ``AdamW``), so that the rate
+scales it too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surefoot.optim.parts import Number, Part, Slot, State, all_of, require, require_pair
+
+
+def decays(weight_decay: Number) -> bool:
+    """Whether there is any decay to apply (a tensor is not looked into: that would wait for the device)."""
+    return isinstance(weight_decay, Tensor) or weight_decay != 0
+
+
+@dataclass(frozen=True)
+class Direction(Part):
+    """Base of all directions. ``weight_decay``: at least 0."""
+
+    weight_decay: Number = 0.0
+    decoupled_weight_decay: bool = False
+
+    def check(self) -> None:
+        require("weight_decay", self.weight_decay, "at least 0", lambda v: v >= 0)
+
+    def couple(self, grad: Tensor, weight: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """The gradient with coupled weight decay."""
+        if decays(options["weight_decay"]) and not options["decoupled_weight_decay"]:
+            return grad + options["weight_decay"] * weight
+        return grad
+
+    def shrink(self, update: Tensor, weight: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """The update with decoupled weight decay."""
+        if decays(options["weight_decay"]) and options["decoupled_weight_decay"]:
+            return update + options["weight_decay"] * weight
+        return update
+
+    def propose(self, slot: Slot) -> Tensor:
+        """The update ``u`` for one parameter; stores the direction's own state."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SGD(Direction):
+    """The gradient itself: u = g."""
+
+    def propose(self, slot: Slot) -> Tensor:
+        return slot.grad
+
+
+@dataclass(frozen=True)
+class Sign(Direction):
+    """The sign of the gradient: u = sign(g), with sign(0) = 0. Weight decay is decoupled from the sign by default."""
+
+    decoupled_weight_decay: bool = True
+
+    def propose(self, slot: Slot) -> Tensor:
+        return torch.sign(slot.grad)
+
+
+def heavy_ball(g: Tensor, buffer: Tensor, momentum: Number, dampening: Number) -> Tensor:
+    """b <- mu b + (1 - dampening) g."""
+    return momentum * buffer + (1 - dampening) * g
+
+
+@dataclass(frozen=True)
+class Momentum(Direction):
+    """Heavy ball as in ``torch.optim.SGD``: b <- mu b + (1 - dampening) g, from b = g at the first step; u = b."""
+
+    momentum: Number = 0.9
+    dampening: Number = 0.0
+
+    def check(self) -> None:
+        super().check()
+        require("momentum", self.momentum, "in [0, 1)", lambda v: all_of(v >= 0, v < 1))
+        require("dampening", self.dampening, "in [0, 1]", lambda v: all_of(v >= 0, v <= 1))
+
+    def declare(self, options: Mapping[str, Any]) -> tuple[State, ...]:
+        return (State("momentum_buffer"),)
+
+    def propose(self, slot: Slot) -> Tensor:
+        o = slot.options
+        buffer = slot.grad
+        if slot.state["step"] > 1:
+            buffer = heavy_ball(slot.grad, slot.state["momentum_buffer"], o["momentum"], o["dampening"])
+        slot.store(momentum_buffer=buffer)
+        return buffer
+
+
+@dataclass(frozen=True)
+class Nesterov(Direction):
+    """Nesterov's momentum as in ``torch.optim.SGD``: b <- mu b + g;  u = g + mu b."""
+
+    momentum: Number = 0.9
+
+    def check(self) -> None:
+        super().check()
+        require("momentum", self.momentum, "in [0, 1)", lambda v: all_of(v >= 0, v < 1))
+
+    def declare(self, options: Mapping[str, Any]) -> tuple[State, ...]:
+        return (State("momentum_buffer"),)
+
+    def propose(self, slot: Slot) -> Tensor:
+        momentum = slot.options["momentum"]
+        buffer = heavy_ball(slot.grad, slot.state["momentum_buffer"], momentum, 0.0)
+        slot.store(momentum_buffer=buffer)
+        return slot.grad + momentum * buffer
+
+
+def second_moment(g: Tensor, v: Tensor, beta: Number) -> Tensor:
+    """v <- beta v + (1 - beta) g^2."""
+    return beta * v + (1 - beta) * (g * g)
+
+
+def debiased_root(v: Tensor, beta: Number, step: int, eps: Number) -> Tensor:
+    """sqrt(v) / sqrt(1 - beta^t) + eps."""
+    return v.sqrt() / (1 - beta**step) ** 0.5 + eps
+
+
+@dataclass(frozen=True)
+class Adam(Direction):
+    """Adam (Kingma & Ba, arXiv 1412.6980), as in ``torch.optim``; with ``decoupled_weight_decay``, AdamW.
+
+    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  u = m / (1 - b1^t) / (sqrt(v) / sqrt(1 - b2^t) + eps).
+    With ``amsgrad`` the running maximum of v takes its place. ``betas`` in [0, 1), ``eps`` at least 0.
+    """
+
+    betas: tuple[Number, Number] = (0.9, 0.999)
+    eps: Number = 1e-8
+    amsgrad: bool = False
+
+    def check(self) -> None:
+        super().check()
+        require_pair(
+            "betas", self.betas, "both in [0, 1)", lambda a, b: all_of(a >= 0, a < 1, b >= 0, b < 1)
+        )
+        require("eps", self.eps, "at least 0", lambda v: v >= 0)
+
+    def declare(self, options: Mapping[str, Any]) -> tuple[State, ...]:
+        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(options["amsgrad"])
+        return tuple(State(name) for name in names)
+
+    def propose(self, slot: Slot) -> Tensor:
+        g, o, state, step = slot.grad, slot.options, slot.state, slot.state["step"]
+        beta1, beta2 = o["betas"]
+        m = torch.lerp(state["exp_avg"], g, 1 - beta1)
+        v = second_moment(g, state["exp_avg_sq"], beta2)
+        slot.store(exp_avg=m, exp_avg_sq=v)
+        if o["amsgrad"]:
+            v = torch.maximum(state["max_exp_avg_sq"], v)
+            slot.store(max_exp_avg_sq=v)
+        return m / (1 - beta1**step) / debiased_root(v, beta2, step, o["eps"])
+
+
+@dataclass(frozen=True)
+class AnnealedAdam(Direction):
+    """CoRe's direction: Adam whose first beta moves from a to b (Eckhoff & Reiher, CoRe optimizer 1.1).
+
+    ``betas`` = (a, b, c, b2):  b1_t = b + (a - b) exp(-((t - 1) / c)^2);  m <- b1_t m + (1 - b1_t) g;
+    v <- b2 v + (1 - b2) g^2;  u = m / (1 - b1_t^t) / (sqrt(v / (1 - b2^t)) + eps), or sign(m) where b2 < 0.
+    Weight decay shrinks each weight in proportion to its own step: u <- u + weight_decay |u| weight.
+    """
+
+    betas: tuple[Number, Number, Number, Number] = (0.7375, 0.8125, 250.0, 0.99)
+    eps: Number = 1e-8
+    weight_decay: Number = 0.1
+    decoupled_weight_decay: bool = True
+
+    def check(self) -> None:
+        super().check()
+        require("betas", self.betas, "four numbers (a, b, c, b2)", lambda v: len(v) == 4)
+        a, b, c, beta2 = self.betas
+        require("betas[0] (a)", a, "in [0, 1)", lambda v: all_of(v >= 0, v < 1))
+        require("betas[1] (b)", b, "in [0, 1)", lambda v: all_of(v >= 0, v < 1))
+        require("betas[2] (c)", c, "above 0", lambda v: v > 0)
+        require("betas[3] (b2)", beta2, "a number below 1", lambda v: not isinstance(v, Tensor) and v < 1)
+        require("eps", self.eps, "at least 0", lambda v: v >= 0)
+        require("decoupled_weight_decay", self.decoupled_weight_decay, "True here", lambda v: v is True)
+
+    def declare(self, options: Mapping[str, Any]) -> tuple[State, ...]:
+        names = ["exp_avg"] + ["exp_avg_sq"] * (options["betas"][3] >= 0)
+        return tuple(State(name) for name in names)
+
+    def shrink(self, update: Tensor, weight: Tensor, options: Mapping[str, Any]) -> Tensor:
+        if decays(options["weight_decay"]):
+            return update + options["weight_decay"] * update.abs() * weight
+        return update
+
+    def propose(self, slot: Slot) -> Tensor:
+        g, o, state, step = slot.grad, slot.options, slot.state, slot.state["step"]
+        a, b, c, beta2 = o["betas"]
+        fading = ((1 - step) / c) ** 2
+        beta1 = b + (a - b) * (torch.exp(-fading) if isinstance(fading, Tensor) else math.exp(-fading))
+        m = beta1 * state["exp_avg"] + (1 - beta1) * g
+        slot.store(exp_avg=m)
+        if beta2 < 0:
+            return torch.sign(m)
+        v = second_moment(g, state["exp_avg_sq"], beta2)
+        slot.store(exp_avg_sq=v)
+        return m / (1 - beta1**step) / debiased_root(v, beta2, step, o["eps"])

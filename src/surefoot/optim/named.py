@@ -1,0 +1,250 @@
+"""The papers' names: each a direction and a rule, with its formula and its defaults.
+
+Options that all of them share (see :class:`surefoot.optim.SelfTuning`): ``lr`` multiplies every rate and is what
+schedulers move; ``maximize``; ``track_rates``; ``models`` for a stack.
+"""
+
+from __future__ import annotations
+
+from torch.optim.optimizer import ParamsT
+
+from surefoot.optim.core import SelfTuning
+from surefoot.optim.directions import SGD, Adam, AnnealedAdam, Direction, Momentum, Nesterov, Sign
+from surefoot.optim.parts import Number
+from surefoot.optim.rules.rprop import CoReRates, Rprop
+from surefoot.optim.rules.window import Window
+
+Pair = tuple[Number, Number]
+
+
+class SRprop(SelfTuning):
+    r"""S-Rprop (Andersen 2024): Rprop for mini-batches. sign x window.
+
+    Every step :math:`w \leftarrow w - \Delta (\mathrm{sign}(g) + \lambda w)`; at the end of every ``window`` steps each
+    weight's own rate :math:`\Delta` is multiplied by :math:`\eta_+` where the window moved it the same way as the
+    window before, and where it moved the other way by :math:`\eta_-`, the window then being undone.
+
+    Args:
+        params: parameters or groups.
+        lr: multiplies every rate.
+        initial_rate: :math:`\Delta` of every weight until two windows have passed.
+        window: steps between two adaptations: the paper's L / M, which are counted in patterns.
+        etas: :math:`(\eta_-, \eta_+)`.
+        step_sizes: smallest and largest :math:`\Delta`.
+        weight_decay: :math:`\lambda`, decoupled from the sign.
+        undo: "exact" puts a weight back where the window began, "subtract" does it with the published code's rounding,
+            "none" leaves it.
+
+    ``lr_mean`` of ``track_rates`` is the paper's as long as ``lr`` is 1.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1.0,
+        *,
+        initial_rate: Number = 1e-2,
+        window: int = 50,
+        etas: Pair = (0.5, 1.2),
+        step_sizes: Pair = (1e-6, 50.0),
+        weight_decay: Number = 0.0,
+        undo: str = "exact",
+        maximize: bool = False,
+        track_rates: bool = False,
+        models: int | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            Sign(weight_decay=weight_decay),
+            Window(initial_rate, etas, step_sizes, window, undo),
+            lr,
+            maximize=maximize,
+            track_rates=track_rates,
+            models=models,
+        )
+
+
+class SGDUpd(SelfTuning):
+    r"""SGD-Upd (Andersen 2024): SGD with a rate for each weight. sgd, momentum or nesterov x window.
+
+    Every step :math:`w \leftarrow w - \Delta u` with u the gradient, or torch's momentum or Nesterov direction;
+    :math:`\Delta` as in :class:`SRprop`. In the published code momentum had no effect; here it has.
+
+    Args:
+        params: parameters or groups.
+        lr: multiplies every rate.
+        initial_rate, window, etas, step_sizes, undo: as for :class:`SRprop`.
+        momentum: 0 for none.
+        nesterov: Nesterov's form; needs a momentum.
+        weight_decay: coupled (L2): g + weight_decay w.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1.0,
+        *,
+        initial_rate: Number = 1e-2,
+        window: int = 50,
+        etas: Pair = (0.5, 1.2),
+        step_sizes: Pair = (1e-6, 50.0),
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: Number = 0.0,
+        undo: str = "exact",
+        maximize: bool = False,
+        track_rates: bool = False,
+        models: int | None = None,
+    ) -> None:
+        direction: Direction
+        if nesterov:
+            if not momentum:
+                raise ValueError("nesterov needs a momentum above 0.")
+            direction = Nesterov(weight_decay, momentum=momentum)
+        elif momentum:
+            direction = Momentum(weight_decay, momentum=momentum)
+        else:
+            direction = SGD(weight_decay)
+        super().__init__(
+            params,
+            direction,
+            Window(initial_rate, etas, step_sizes, window, undo),
+            lr,
+            maximize=maximize,
+            track_rates=track_rates,
+            models=models,
+        )
+
+
+class AdamUpd(SelfTuning):
+    r"""Adam-Upd (Andersen 2024): Adam with a rate for each weight. adam x window.
+
+    Every step :math:`w \leftarrow w - \Delta\, \hat m / (\sqrt{\hat v} + \epsilon)`, Adam's moments knowing nothing of
+    :math:`\Delta` or the undo; :math:`\Delta` as in :class:`SRprop`.
+
+    Args:
+        params: parameters or groups.
+        lr: multiplies every rate.
+        initial_rate, window, etas, step_sizes, undo: as for :class:`SRprop`.
+        betas, eps, amsgrad: as for ``torch.optim.Adam``.
+        weight_decay: coupled (L2), as for ``torch.optim.Adam``.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1.0,
+        *,
+        initial_rate: Number = 1e-3,
+        window: int = 50,
+        etas: Pair = (0.5, 1.2),
+        step_sizes: Pair = (1e-6, 50.0),
+        betas: Pair = (0.9, 0.999),
+        eps: Number = 1e-8,
+        amsgrad: bool = False,
+        weight_decay: Number = 0.0,
+        undo: str = "exact",
+        maximize: bool = False,
+        track_rates: bool = False,
+        models: int | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            Adam(weight_decay, betas=betas, eps=eps, amsgrad=amsgrad),
+            Window(initial_rate, etas, step_sizes, window, undo),
+            lr,
+            maximize=maximize,
+            track_rates=track_rates,
+            models=models,
+        )
+
+
+class CoRe(SelfTuning):
+    r"""CoRe 1.1 (Eckhoff & Reiher): Adam's step with Rprop's rates, adapted at every step.
+
+    The direction is Adam's with a first beta that moves from a to b
+    (:class:`~surefoot.optim.directions.AnnealedAdam`); each weight's rate s is multiplied by :math:`\eta_+` or
+    :math:`\eta_-` by the sign of the smoothed gradient against the last one, and
+    :math:`w \leftarrow w - \lambda |d| w - d` with :math:`d = s\,u` (:class:`~surefoot.optim.rules.CoReRates`).
+
+    Args:
+        params: parameters or groups.
+        lr: multiplies every rate.
+        initial_rate: s at the start.
+        etas: :math:`(\eta_-, \eta_+)`.
+        step_sizes: smallest and largest s. The authors advise a largest of 1e-3 for mini-batches, 1e-2 in between, 1
+            for full batches.
+        betas: (a, b, c, :math:`\beta_2`); a negative :math:`\beta_2` makes the direction sign(m).
+        eps: as in Adam.
+        weight_decay: :math:`\lambda`, relative to each weight's own step.
+        score_history, frozen: hold the share ``frozen`` of each tensor with the highest importance scores, averaged
+            over ``score_history`` steps; 0 for none.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1.0,
+        *,
+        initial_rate: Number = 1e-3,
+        etas: Pair = (0.7375, 1.2),
+        step_sizes: Pair = (1e-6, 1e-2),
+        betas: tuple[Number, Number, Number, Number] = (0.7375, 0.8125, 250.0, 0.99),
+        eps: Number = 1e-8,
+        weight_decay: Number = 0.1,
+        score_history: int = 0,
+        frozen: float = 0.0,
+        maximize: bool = False,
+        track_rates: bool = False,
+        models: int | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            AnnealedAdam(weight_decay, betas=betas, eps=eps),
+            CoReRates(initial_rate, etas, step_sizes, score_history, frozen),
+            lr,
+            maximize=maximize,
+            track_rates=track_rates,
+            models=models,
+        )
+
+
+class DropoutRprop(SelfTuning):
+    r"""Rprop that knows of dropout (Mosca & Magoulas, arXiv 1509.04612): mask-aware iRprop-. sign x rprop.
+
+    Every step each weight's rate is multiplied by :math:`\eta_+` or :math:`\eta_-` by the sign of the gradient against
+    the remembered one; a weight whose sign turned does not move and forgets. A weight that is masked, or whose gradient
+    is exactly 0 because its unit was dropped, neither moves nor forgets, so its next comparison is not lost.
+
+    Args:
+        params: parameters or groups.
+        lr: multiplies every rate.
+        initial_rate: rate of every weight at the start.
+        etas: :math:`(\eta_-, \eta_+)`, the authors' (0.1, 1.01).
+        step_sizes: smallest and largest rate.
+        dropout: chance that a weight sits out a step, drawn for every weight (never a bias) from torch's random stream
+            on the weight's device: the authors' dropout, which masks updates. With dropout layers in the model leave 0.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1.0,
+        *,
+        initial_rate: Number = 1e-2,
+        etas: Pair = (0.1, 1.01),
+        step_sizes: Pair = (1e-3, 5.0),
+        dropout: float = 0.0,
+        maximize: bool = False,
+        track_rates: bool = False,
+        models: int | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            Sign(),
+            Rprop(initial_rate, etas, step_sizes, dropout),
+            lr,
+            maximize=maximize,
+            track_rates=track_rates,
+            models=models,
+        )

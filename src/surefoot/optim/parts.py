@@ -1,0 +1,100 @@
+"""What a direction and a rule have in common: options, declared state, and the view of one parameter they work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surefoot.optim.space import Space
+
+Number = float | Tensor
+"""A hyper-parameter: a number, or in a stack of K models a tensor with one for each, shape ``[K]``."""
+
+WEIGHT = "weight"
+"""As a state's initial value: a copy of the weight itself."""
+
+
+@dataclass(frozen=True)
+class State:
+    """One declared state tensor of a parameter, of the parameter's shape."""
+
+    name: str
+    init: Number | str = 0.0
+    """The initial value: a number, one for each model, or :data:`WEIGHT`."""
+    dtype: torch.dtype | None = None
+    """``None``: the dtype that the arithmetic is done in (the parameter's, but at least float32)."""
+
+
+@dataclass
+class Slot:
+    """One parameter at one step, as directions and rules see it."""
+
+    weight: Tensor
+    """The parameter's value, in the dtype of the arithmetic."""
+    grad: Tensor
+    """The gradient of what is minimised, coupled weight decay included; shape and dtype of ``weight``."""
+    state: dict[str, Any]
+    """Declared tensors by name, and ``step``: how many gradients this parameter has been given, this one included."""
+    options: Mapping[str, Any]
+    """The group's options; in a stack, one for each model is shaped to broadcast against ``weight``."""
+    space: Space
+    update: Tensor
+    """What the direction proposes; the weight goes against it."""
+
+    def store(self, **new: Tensor) -> None:
+        """Write new values into the declared state, in place."""
+        for name, value in new.items():
+            self.state[name].copy_(value)
+
+
+class Part:
+    """Base of directions and rules: a frozen dataclass whose fields are options that a parameter group may override."""
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise ``ValueError``, naming the option and its range, where an option is out of range."""
+
+    def options(self) -> dict[str, Any]:
+        """The options with their values, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # pyright: ignore[reportArgumentType]
+
+    def declare(self, options: Mapping[str, Any]) -> tuple[State, ...]:
+        """The state of each parameter in a group with these options."""
+        return ()
+
+
+def require(name: str, value: Any, allowed: str, test: Callable[[Any], Any]) -> None:
+    """Raise ``ValueError`` in one sentence unless ``test(value)`` holds; for a tensor, of each of its entries."""
+    try:
+        holds = test(value)
+        holds = bool(holds.all()) if isinstance(holds, Tensor) else bool(holds)
+    except TypeError:
+        holds = False
+    if not holds:
+        raise ValueError(f"{name} must be {allowed}, not {value!r}.")
+
+
+def require_pair(name: str, value: Any, allowed: str, test: Callable[[Any, Any], Any]) -> None:
+    """:func:`require` for an option that is a pair, such as ``etas``."""
+
+    def holds(pair: Any) -> Any:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            return False
+        return test(*pair)
+
+    require(name, value, f"a pair with {allowed}", holds)
+
+
+def all_of(*conditions: Any) -> Any:
+    """Whether all conditions hold; for tensors, entry by entry."""
+    result: Any = True
+    for condition in conditions:
+        both = isinstance(result, Tensor) or isinstance(condition, Tensor)
+        result = torch.logical_and(torch.as_tensor(result), torch.as_tensor(condition)) if both else result and condition
+    return result

@@ -1,0 +1,12 @@
+"""How far: a rule gives the rate ``r``, one number or one for each weight. A file a family.
+
+A new family is a new file here: a pure function of tensors with the paper's formula, and a frozen dataclass that
+declares its options and state and calls it (:mod:`surefoot.optim.rules.base`).
+"""
+
+from surefoot.optim.rules.base import Rule
+from surefoot.optim.rules.constant import Constant
+from surefoot.optim.rules.rprop import CoReRates, Rprop
+from surefoot.optim.rules.window import Window
+
+__all__ = ["Constant", "CoReRates", "Rprop", "Rule", "Window"]

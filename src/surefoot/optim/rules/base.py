@@ -1,0 +1,30 @@
+"""What every rate rule answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from surefoot.optim.parts import Number, Part, Slot
+
+
+class Rule(Part):
+    """How far to go along a direction."""
+
+    def choose(self, slot: Slot) -> Number:
+        """The rate of this step, from what is known before the weight moves; stores the rule's own state."""
+        raise NotImplementedError
+
+    def settle(self, slot: Slot) -> Tensor | None:
+        """After the weight has moved: adapt the rate for later steps. A tensor returned replaces the weight."""
+        return None
+
+    def current(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> Number:
+        """The rate as it stands, for reading only; ``state`` is empty before a parameter's first step."""
+        raise NotImplementedError
+
+    def adapts_at(self, step: int, options: Mapping[str, Any]) -> bool:
+        """Whether a parameter's rates may have changed in its step number ``step``."""
+        return False

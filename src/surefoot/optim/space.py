@@ -1,0 +1,72 @@
+"""Sums over "the parameters", whatever they are: those of one model, or of a stack of K models.
+
+The only room that knows which. In a stack every parameter has a leading axis of K models, every hyper-parameter that is
+a number may be a tensor ``[K]``, and every sum is one for each model, ``[K]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Space:
+    """One model (``models=None``) or a stack of K models (``models=K``)."""
+
+    models: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.models is not None and not (isinstance(self.models, int) and self.models >= 1):
+            raise ValueError(f"models must be None or a whole number of at least 1, not {self.models!r}.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one number for each model: ``()``, or ``(K,)`` in a stack."""
+        return () if self.models is None else (self.models,)
+
+    def dimensions(self, weight: Tensor) -> int:
+        """Dimensions of a parameter without the stack's axis: 1 for a bias, 2 for a matrix."""
+        return weight.ndim - len(self.shape)
+
+    def admits(self, weight: Tensor) -> bool:
+        """Whether a parameter has the leading axis that a stack needs."""
+        return self.models is None or (weight.ndim >= 1 and weight.shape[0] == self.models)
+
+    def spread(self, value: Any, weight: Tensor) -> Any:
+        """A number for each model, ``[K]``, shaped to broadcast against ``weight``; anything else unchanged."""
+        if isinstance(value, tuple):
+            return tuple(self.spread(v, weight) for v in value)
+        if self.models is not None and isinstance(value, Tensor) and value.shape == self.shape:
+            return value.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))
+        return value
+
+    def options(self, group: Mapping[str, Any], weight: Tensor) -> Mapping[str, Any]:
+        """A group's options with every number spread over ``weight``."""
+        if self.models is None:
+            return group
+        return {name: self.spread(value, weight) for name, value in group.items() if name != "params"}
+
+    def sum(self, tensors: Iterable[Tensor]) -> Tensor:
+        """Sum of all entries of all tensors, in float64, on the first one's device; zero for no tensor."""
+        total: Tensor | None = None
+        for tensor in tensors:
+            part = tensor.reshape(*self.shape, -1).sum(-1, dtype=torch.float64)
+            total = part if total is None else total + part.to(total.device)
+        return torch.zeros(self.shape, dtype=torch.float64) if total is None else total
+
+    def dot(self, xs: Iterable[Tensor], ys: Iterable[Tensor]) -> Tensor:
+        """Sum over all tensors of the products of their entries: <x, y>, in float64."""
+        return self.sum(x.to(torch.float64) * y for x, y in zip(xs, ys, strict=True))
+
+    def mean_std(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and unbiased standard deviation (n - 1) of all entries of all tensors; 0 for a single entry."""
+        count = sum(t.numel() for t in tensors) // (self.models or 1)
+        mean = self.sum(tensors) / max(count, 1)
+        deviations = [t - self.spread(mean.to(t.device), t.double()).to(t.device) for t in tensors]
+        variance = self.dot(deviations, deviations) / max(count - 1, 1)
+        return mean, variance.sqrt()
