@@ -1,8 +1,8 @@
 """The optimizer: a direction, a rule, and the one place where weights are written.
 
-    u  = direction(g, state)        which way
-    r  = rule(...)                  how far: one number, or one for each weight
-    p <- p - lr * r * u
+u  = direction(g, state)        which way
+r  = rule(...)                  how far: one number, or one for each weight
+p <- p - lr * r * u
 """
 
 from __future__ import annotations
@@ -244,7 +244,11 @@ class SelfTuning(Optimizer):
         known = self.defaults.keys() | _FOREIGN_OPTIONS
         for name in param_group.keys() - known:
             nearest = difflib.get_close_matches(name, sorted(known), 1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"it is none of {', '.join(sorted(self.defaults))}."
+            hint = (
+                f"did you mean {nearest[0]!r}?"
+                if nearest
+                else f"it is none of {', '.join(sorted(self.defaults))}."
+            )
             raise ValueError(f"no part of this optimizer reads the group option {name!r}: {hint}")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -284,7 +288,7 @@ class SelfTuning(Optimizer):
         begun = any("step" in self.state[p] for p, _ in self._members() if p in self.state)
         rates = []
         for p, group in self._members():
-            state = self.state[p] if p in self.state else {}
+            state = self.state.get(p, {})
             if ("step" in state) if begun else p.requires_grad:
                 options = self.space.options(group, p)
                 rate = options["lr"] * self.rule.current(state, options)
@@ -311,9 +315,7 @@ class SelfTuning(Optimizer):
         logs = every.double().log10()
         edges = torch.linspace(float(logs.min()), float(logs.max()), bins + 1, dtype=torch.float64)
         counts = torch.bincount(torch.bucketize(logs, edges[1:-1]), minlength=bins)
-        return Rates(
-            float(mean), float(std), low, high, tuple(counts.tolist()), tuple((10**edges).tolist())
-        )
+        return Rates(float(mean), float(std), low, high, tuple(counts.tolist()), tuple((10**edges).tolist()))
 
     def _record(self) -> None:
         """Append mean and s.d. of the rates to the history; kept with the first parameter, on its device."""

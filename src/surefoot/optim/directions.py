@@ -154,9 +154,7 @@ class Adam(Direction):
 
     def check(self) -> None:
         super().check()
-        require_pair(
-            "betas", self.betas, "both in [0, 1)", lambda a, b: all_of(a >= 0, a < 1, b >= 0, b < 1)
-        )
+        require_pair("betas", self.betas, "both in [0, 1)", lambda a, b: all_of(a >= 0, a < 1, b >= 0, b < 1))
         require("eps", self.eps, "at least 0", lambda v: v >= 0)
 
     def declare(self, options: Mapping[str, Any]) -> tuple[State, ...]:

@@ -51,6 +51,7 @@ class Slot:
             self.state[name].copy_(value)
 
 
+@dataclass(frozen=True)
 class Part:
     """Base of directions and rules: a frozen dataclass whose fields are options that a parameter group may override."""
 
@@ -62,7 +63,7 @@ class Part:
 
     def options(self) -> dict[str, Any]:
         """The options with their values, by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # pyright: ignore[reportArgumentType]
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def declare(self, options: Mapping[str, Any]) -> tuple[State, ...]:
         """The state of each parameter in a group with these options."""
@@ -96,5 +97,9 @@ def all_of(*conditions: Any) -> Any:
     result: Any = True
     for condition in conditions:
         both = isinstance(result, Tensor) or isinstance(condition, Tensor)
-        result = torch.logical_and(torch.as_tensor(result), torch.as_tensor(condition)) if both else result and condition
+        result = (
+            torch.logical_and(torch.as_tensor(result), torch.as_tensor(condition))
+            if both
+            else result and condition
+        )
     return result

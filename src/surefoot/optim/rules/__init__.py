@@ -9,4 +9,4 @@ from surefoot.optim.rules.constant import Constant
 from surefoot.optim.rules.rprop import CoReRates, Rprop
 from surefoot.optim.rules.window import Window
 
-__all__ = ["Constant", "CoReRates", "Rprop", "Rule", "Window"]
+__all__ = ["CoReRates", "Constant", "Rprop", "Rule", "Window"]

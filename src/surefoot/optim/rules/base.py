@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from surefoot.optim.parts import Number, Part, Slot
 
 
+@dataclass(frozen=True)
 class Rule(Part):
     """How far to go along a direction."""
 

@@ -19,7 +19,9 @@ from surefoot.optim.rules.base import Rule
 from surefoot.optim.space import Space
 
 
-def adapt(rate: Tensor, agreement: Tensor, etas: tuple[Number, Number], step_sizes: tuple[Number, Number]) -> Tensor:
+def adapt(
+    rate: Tensor, agreement: Tensor, etas: tuple[Number, Number], step_sizes: tuple[Number, Number]
+) -> Tensor:
     """rate <- clip(rate * phi, step_sizes), phi = eta+ where ``agreement`` > 0, eta- where < 0, else 1."""
     eta_minus, eta_plus = etas
     unchanged = torch.ones_like(rate)
@@ -44,7 +46,10 @@ class SignRule(Rule):
     def check(self) -> None:
         require("initial_rate", self.initial_rate, "above 0", lambda v: v > 0)
         require_pair(
-            "etas", self.etas, "0 < etas[0] <= 1 <= etas[1]", lambda low, high: all_of(low > 0, low <= 1, high >= 1)
+            "etas",
+            self.etas,
+            "0 < etas[0] <= 1 <= etas[1]",
+            lambda low, high: all_of(low > 0, low <= 1, high >= 1),
         )
         require_pair(
             "step_sizes",
@@ -71,7 +76,12 @@ def update_mask(weight: Tensor, dropout: float, space: Space) -> Tensor | None:
 
 
 def irprop_minus(
-    u: Tensor, rate: Tensor, sign: Tensor, mask: Tensor | None, etas: tuple[Number, Number], step_sizes: tuple[Number, Number]
+    u: Tensor,
+    rate: Tensor,
+    sign: Tensor,
+    mask: Tensor | None,
+    etas: tuple[Number, Number],
+    step_sizes: tuple[Number, Number],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mask-aware iRprop- (Mosca & Magoulas): returns the rates to move by, the new rates, the new remembered signs.
 
@@ -140,10 +150,17 @@ class CoReRates(SignRule):
 
     def check(self) -> None:
         super().check()
-        require("score_history", self.score_history, "a whole number of at least 0", lambda v: v >= 0 and v == int(v))
+        require(
+            "score_history",
+            self.score_history,
+            "a whole number of at least 0",
+            lambda v: v >= 0 and v == int(v),
+        )
         require("frozen", self.frozen, "in [0, 1]", lambda v: 0 <= v <= 1)
         if self.frozen and not self.score_history:
-            raise ValueError("frozen needs a score_history above 0: without scores there is nothing to freeze by.")
+            raise ValueError(
+                "frozen needs a score_history above 0: without scores there is nothing to freeze by."
+            )
 
     def declare(self, options: Mapping[str, Any]) -> tuple[State, ...]:
         scores = (State("score"),) if options["score_history"] else ()

@@ -59,7 +59,9 @@ class Window(SignRule):
 
     def check(self) -> None:
         super().check()
-        require("window", self.window, "a whole number of steps, at least 1", lambda v: v >= 1 and v == int(v))
+        require(
+            "window", self.window, "a whole number of steps, at least 1", lambda v: v >= 1 and v == int(v)
+        )
         require("undo", self.undo, f"one of {', '.join(UNDO)}", lambda v: v in UNDO)
 
     def declare(self, options: Mapping[str, Any]) -> tuple[State, ...]:

@@ -1,0 +1,42 @@
+# Everything from a clean clone, with only Python (3.10 or newer) and make:
+#   make compare   compare the optimizers on real data and write the report
+#   make test      run the tests
+#   make gate      lint, format and types
+#   make bench     time the optimizers and whole training loops (docs/performance.md)
+#   make table1    the MNIST table of the L-algorithms' paper (DATA=folder; about half an hour on 2 cores)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+OUT ?= surefoot-out
+
+.PHONY: compare test gate bench table1 clean
+
+compare: $(INSTALLED)
+	$(BIN)/surefoot compare digits --out $(OUT)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto
+
+gate: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/throughput.py
+
+table1: $(INSTALLED)
+	$(BIN)/python benchmarks/table1.py --out $(OUT)/table1 $(if $(DATA),--data $(DATA))
+
+# The environment: made again when what it is made from changes.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]' --group dev
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT)

@@ -1,0 +1,138 @@
+"""One record for each public optimizer: what the promises are tested over.
+
+A new optimizer is tested by adding its record here. A check that cannot apply is named in ``skips``, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from surefoot import AdamUpd, CoRe, DropoutRprop, SelfTuning, SGDUpd, SRprop
+from surefoot.optim import directions, rules
+
+
+@dataclass(frozen=True)
+class Record:
+    name: str
+    make: Callable[..., SelfTuning]
+    """``make(params, lr=1.0, **options)``: with options of its own that make it adapt within a few steps."""
+    per_model: Mapping[str, Any] = field(default_factory=dict)
+    """Options with one value for each of three models in a stack; a tuple of triples for a pair."""
+    skips: Mapping[str, str] = field(default_factory=dict)
+    """Checks that do not apply, by name, and why."""
+
+
+def cell(name: str, direction: Any, rule: Any, **record: Any) -> Record:
+    """A direction x rule without a name of its own; options go to whichever of the two has them."""
+
+    def make(params: Any, lr: Any = 1.0, **options: Any) -> SelfTuning:
+        parts = []
+        for part in (direction, rule):
+            own = {name: options.pop(name) for name in part.options() if name in options}
+            parts.append(replace(part, **own))
+        return SelfTuning(params, *parts, lr, **options)
+
+    return Record(name, make, **record)
+
+
+WINDOW = {"window": 4, "initial_rate": 1e-2}
+RATES = (1e-2, 3e-3, 3e-2)
+
+RECORDS = [
+    Record("srprop", lambda p, lr=1.0, **o: SRprop(p, lr, **{**WINDOW, **o}), {"initial_rate": RATES}),
+    Record(
+        "srprop-decay",
+        lambda p, lr=1.0, **o: SRprop(p, lr, **{**WINDOW, "weight_decay": 0.02, **o}),
+        {"weight_decay": (0.1, 0.0, 0.3), "etas": ((0.5, 0.7, 0.9), (1.2, 1.1, 1.3))},
+    ),
+    Record(
+        "srprop-subtract",
+        lambda p, lr=1.0, **o: SRprop(p, lr, **{**WINDOW, "undo": "subtract", **o}),
+        skips=dict.fromkeys(
+            ("stack", "tensor_lr", "grad_scaler"),
+            "the published undo leaves rounding residues that vote, so the last bit of a weight decides",
+        ),
+    ),
+    Record(
+        "sgd-upd",
+        lambda p, lr=1.0, **o: SGDUpd(p, lr, **{**WINDOW, "initial_rate": 0.1, **o}),
+        {"initial_rate": RATES},
+    ),
+    Record(
+        "sgd-upd-nesterov",
+        lambda p, lr=1.0, **o: SGDUpd(
+            p, lr, **{**WINDOW, "momentum": 0.8, "nesterov": True, "undo": "none", **o}
+        ),
+        {"step_sizes": ((1e-6, 1e-5, 1e-4), (0.1, 0.05, 1.0))},
+    ),
+    Record(
+        "adam-upd",
+        lambda p, lr=1.0, **o: AdamUpd(p, lr, **{**WINDOW, **o}),
+        {"betas": ((0.9, 0.8, 0.5), (0.99, 0.9, 0.999))},
+    ),
+    Record(
+        "adam-upd-amsgrad",
+        lambda p, lr=1.0, **o: AdamUpd(p, lr, **{**WINDOW, "amsgrad": True, "weight_decay": 0.01, **o}),
+        {"eps": (1e-8, 1e-4, 1e-2), "weight_decay": (0.0, 0.01, 0.1)},
+    ),
+    Record(
+        "core",
+        lambda p, lr=1.0, **o: CoRe(p, lr, **o),
+        {"initial_rate": RATES, "weight_decay": (0.1, 0.0, 0.2)},
+    ),
+    Record(
+        "core-plastic",
+        lambda p, lr=1.0, **o: CoRe(p, lr, **{"score_history": 5, "frozen": 0.3, **o}),
+        {"initial_rate": RATES, "betas": ((0.7, 0.8, 0.6), (0.8, 0.9, 0.7), (10.0, 250.0, 50.0), 0.99)},
+    ),
+    Record(
+        "dropout-rprop",
+        lambda p, lr=1.0, **o: DropoutRprop(p, lr, **{"step_sizes": (1e-4, 5.0), **o}),
+        {"initial_rate": RATES},
+    ),
+    Record(
+        "dropout-rprop-masks",
+        lambda p, lr=1.0, **o: DropoutRprop(p, lr, **{"dropout": 0.5, "step_sizes": (1e-4, 5.0), **o}),
+        skips={
+            "stack": "masks come from torch's random stream, which one stack and K runs do not share",
+            "late_gradient": "the draws for one parameter depend on how many others are drawn for",
+            "per_group_lr": "the same",
+            "maximize": "the two runs would draw different masks",
+        },
+    ),
+    cell("sgd", directions.SGD(weight_decay=0.01), rules.Constant(0.1), per_model={"rate": RATES}),
+    cell(
+        "momentum",
+        directions.Momentum(dampening=0.1),
+        rules.Constant(0.02),
+        per_model={"momentum": (0.9, 0.0, 0.5)},
+    ),
+    cell("nesterov", directions.Nesterov(), rules.Constant(0.02), per_model={"momentum": (0.9, 0.0, 0.5)}),
+    cell(
+        "adam",
+        directions.Adam(),
+        rules.Constant(0.01),
+        per_model={"betas": ((0.9, 0.8, 0.5), (0.99, 0.9, 0.999))},
+    ),
+    cell(
+        "adamw",
+        directions.Adam(weight_decay=0.1, decoupled_weight_decay=True),
+        rules.Constant(0.01),
+        per_model={"weight_decay": (0.1, 0.0, 0.5)},
+    ),
+    cell("sign", directions.Sign(), rules.Constant(1e-3), per_model={"rate": RATES}),
+    cell(
+        "momentum-window",
+        directions.Momentum(),
+        rules.Window(0.02, window=4),
+        per_model={"initial_rate": RATES},
+    ),
+    cell(
+        "adam-rprop",
+        directions.Adam(),
+        rules.Rprop(0.01, (0.5, 1.05), (1e-6, 0.1)),
+        per_model={"initial_rate": RATES},
+    ),
+]
