@@ -44,7 +44,9 @@ RECORDS = [
     Record("srprop", lambda p, lr=1.0, **o: SRprop(p, lr, **{**WINDOW, **o}), {"initial_rate": RATES}),
     Record(
         "srprop-decay",
-        lambda p, lr=1.0, **o: SRprop(p, lr, **{**WINDOW, "weight_decay": 0.02, **o}),
+        lambda p, lr=1.0, **o: SRprop(
+            p, lr, **{**WINDOW, "weight_decay": 0.02, "step_sizes": (1e-6, 0.1), **o}
+        ),
         {"weight_decay": (0.1, 0.0, 0.3), "etas": ((0.5, 0.7, 0.9), (1.2, 1.1, 1.3))},
     ),
     Record(
@@ -96,10 +98,8 @@ RECORDS = [
         "dropout-rprop-masks",
         lambda p, lr=1.0, **o: DropoutRprop(p, lr, **{"dropout": 0.5, "step_sizes": (1e-4, 5.0), **o}),
         skips={
-            "stack": "masks come from torch's random stream, which one stack and K runs do not share",
-            "late_gradient": "the draws for one parameter depend on how many others are drawn for",
+            "late_gradient": "masks depend on a parameter's position, which is another in an optimizer of its own",
             "per_group_lr": "the same",
-            "maximize": "the two runs would draw different masks",
         },
     ),
     cell("sgd", directions.SGD(weight_decay=0.01), rules.Constant(0.1), per_model={"rate": RATES}),

@@ -113,24 +113,24 @@ class SelfTuning(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moving = [(p, group) for p, group in self._members() if p.grad is not None]
-        for p, _ in moving:
+        moving = [(i, p, group) for i, (p, group) in enumerate(self._members()) if p.grad is not None]
+        for _, p, _ in moving:
             if cast(Tensor, p.grad).is_sparse:
                 raise ValueError("sparse gradients are not supported; make the embedding with sparse=False.")
-        for p, group in moving:
+        for _, p, group in moving:
             if "step" not in self.state[p]:
                 self._begin(p, group)
         if self.track_rates and moving and not self.lr_counter:
             self._record()
         adapted = False
-        for p, group in moving:
-            self._move(p, group)
+        for index, p, group in moving:
+            self._move(index, p, group)
             adapted |= self.rule.adapts_at(self.state[p]["step"], group)
         if self.track_rates and adapted:
             self._record()
         return loss
 
-    def _move(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _move(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         state["step"] += 1
         weight = self._value(p)
@@ -138,7 +138,8 @@ class SelfTuning(Optimizer):
         grad = cast(Tensor, p.grad).to(weight.dtype)
         if group["maximize"]:
             grad = -grad
-        slot = Slot(weight, self.direction.couple(grad, weight, options), state, options, self.space, grad)
+        grad = self.direction.couple(grad, weight, options)
+        slot = Slot(weight, grad, state, options, self.space, index, update=grad)
         slot.update = self.direction.propose(slot)
         rate = self.rule.choose(slot)
         update = self.direction.shrink(slot.update, weight, options)

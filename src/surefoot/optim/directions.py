@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,8 +40,8 @@ def decays(weight_decay: Number) -> bool:
 class Direction(Part):
     """Base of all directions. ``weight_decay``: at least 0."""
 
-    weight_decay: Number = 0.0
-    decoupled_weight_decay: bool = False
+    weight_decay: Number = field(default=0.0, kw_only=True)
+    decoupled_weight_decay: bool = field(default=False, kw_only=True)
 
     def check(self) -> None:
         require("weight_decay", self.weight_decay, "at least 0", lambda v: v >= 0)
@@ -75,15 +75,10 @@ class SGD(Direction):
 class Sign(Direction):
     """The sign of the gradient: u = sign(g), with sign(0) = 0. Weight decay is decoupled from the sign by default."""
 
-    decoupled_weight_decay: bool = True
+    decoupled_weight_decay: bool = field(default=True, kw_only=True)
 
     def propose(self, slot: Slot) -> Tensor:
         return torch.sign(slot.grad)
-
-
-def heavy_ball(g: Tensor, buffer: Tensor, momentum: Number, dampening: Number) -> Tensor:
-    """b <- mu b + (1 - dampening) g."""
-    return momentum * buffer + (1 - dampening) * g
 
 
 @dataclass(frozen=True)
@@ -102,12 +97,12 @@ class Momentum(Direction):
         return (State("momentum_buffer"),)
 
     def propose(self, slot: Slot) -> Tensor:
-        o = slot.options
-        buffer = slot.grad
-        if slot.state["step"] > 1:
-            buffer = heavy_ball(slot.grad, slot.state["momentum_buffer"], o["momentum"], o["dampening"])
-        slot.store(momentum_buffer=buffer)
-        return buffer
+        o, buffer = slot.options, slot.state["momentum_buffer"]
+        if slot.state["step"] == 1:
+            return buffer.copy_(slot.grad)
+        dampening = o["dampening"]
+        fresh = slot.grad * (1 - dampening) if isinstance(dampening, Tensor) or dampening else slot.grad
+        return buffer.mul_(o["momentum"]).add_(fresh)
 
 
 @dataclass(frozen=True)
@@ -125,19 +120,15 @@ class Nesterov(Direction):
 
     def propose(self, slot: Slot) -> Tensor:
         momentum = slot.options["momentum"]
-        buffer = heavy_ball(slot.grad, slot.state["momentum_buffer"], momentum, 0.0)
-        slot.store(momentum_buffer=buffer)
+        buffer = slot.state["momentum_buffer"].mul_(momentum).add_(slot.grad)
         return slot.grad + momentum * buffer
 
 
-def second_moment(g: Tensor, v: Tensor, beta: Number) -> Tensor:
-    """v <- beta v + (1 - beta) g^2."""
-    return beta * v + (1 - beta) * (g * g)
-
-
-def debiased_root(v: Tensor, beta: Number, step: int, eps: Number) -> Tensor:
-    """sqrt(v) / sqrt(1 - beta^t) + eps."""
-    return v.sqrt() / (1 - beta**step) ** 0.5 + eps
+def adam_ratio(m: Tensor, v: Tensor, beta1: Number, beta2: Number, step: int, eps: Number) -> Tensor:
+    """u = m_hat / (sqrt(v_hat) + eps), with m_hat = m / (1 - beta1^t) and v_hat = v / (1 - beta2^t)."""
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    # Both corrections go into the denominator, where they cost one pass over the tensor less.
+    return m / v.sqrt().mul_(correction1 / correction2**0.5).add_(correction1 * eps)
 
 
 @dataclass(frozen=True)
@@ -164,13 +155,12 @@ class Adam(Direction):
     def propose(self, slot: Slot) -> Tensor:
         g, o, state, step = slot.grad, slot.options, slot.state, slot.state["step"]
         beta1, beta2 = o["betas"]
-        m = torch.lerp(state["exp_avg"], g, 1 - beta1)
-        v = second_moment(g, state["exp_avg_sq"], beta2)
-        slot.store(exp_avg=m, exp_avg_sq=v)
+        m = state["exp_avg"].lerp_(g, 1 - beta1)
+        v = state["exp_avg_sq"].lerp_(g.square(), 1 - beta2)
         if o["amsgrad"]:
-            v = torch.maximum(state["max_exp_avg_sq"], v)
-            slot.store(max_exp_avg_sq=v)
-        return m / (1 - beta1**step) / debiased_root(v, beta2, step, o["eps"])
+            largest = state["max_exp_avg_sq"]
+            v = torch.maximum(largest, v, out=largest)
+        return adam_ratio(m, v, beta1, beta2, step, o["eps"])
 
 
 @dataclass(frozen=True)
@@ -184,8 +174,8 @@ class AnnealedAdam(Direction):
 
     betas: tuple[Number, Number, Number, Number] = (0.7375, 0.8125, 250.0, 0.99)
     eps: Number = 1e-8
-    weight_decay: Number = 0.1
-    decoupled_weight_decay: bool = True
+    weight_decay: Number = field(default=0.1, kw_only=True)
+    decoupled_weight_decay: bool = field(default=True, kw_only=True)
 
     def check(self) -> None:
         super().check()
@@ -212,10 +202,8 @@ class AnnealedAdam(Direction):
         a, b, c, beta2 = o["betas"]
         fading = ((1 - step) / c) ** 2
         beta1 = b + (a - b) * (torch.exp(-fading) if isinstance(fading, Tensor) else math.exp(-fading))
-        m = beta1 * state["exp_avg"] + (1 - beta1) * g
-        slot.store(exp_avg=m)
+        m = state["exp_avg"].lerp_(g, 1 - beta1)
         if beta2 < 0:
             return torch.sign(m)
-        v = second_moment(g, state["exp_avg_sq"], beta2)
-        slot.store(exp_avg_sq=v)
-        return m / (1 - beta1**step) / debiased_root(v, beta2, step, o["eps"])
+        v = state["exp_avg_sq"].lerp_(g.square(), 1 - beta2)
+        return adam_ratio(m, v, beta1, beta2, step, o["eps"])

@@ -100,11 +100,11 @@ class SGDUpd(SelfTuning):
         if nesterov:
             if not momentum:
                 raise ValueError("nesterov needs a momentum above 0.")
-            direction = Nesterov(weight_decay, momentum=momentum)
+            direction = Nesterov(momentum, weight_decay=weight_decay)
         elif momentum:
-            direction = Momentum(weight_decay, momentum=momentum)
+            direction = Momentum(momentum, weight_decay=weight_decay)
         else:
-            direction = SGD(weight_decay)
+            direction = SGD(weight_decay=weight_decay)
         super().__init__(
             params,
             direction,
@@ -150,7 +150,7 @@ class AdamUpd(SelfTuning):
     ) -> None:
         super().__init__(
             params,
-            Adam(weight_decay, betas=betas, eps=eps, amsgrad=amsgrad),
+            Adam(betas, eps, amsgrad, weight_decay=weight_decay),
             Window(initial_rate, etas, step_sizes, window, undo),
             lr,
             maximize=maximize,
@@ -200,7 +200,7 @@ class CoRe(SelfTuning):
     ) -> None:
         super().__init__(
             params,
-            AnnealedAdam(weight_decay, betas=betas, eps=eps),
+            AnnealedAdam(betas, eps, weight_decay=weight_decay),
             CoReRates(initial_rate, etas, step_sizes, score_history, frozen),
             lr,
             maximize=maximize,
@@ -222,8 +222,10 @@ class DropoutRprop(SelfTuning):
         initial_rate: rate of every weight at the start.
         etas: :math:`(\eta_-, \eta_+)`, the authors' (0.1, 1.01).
         step_sizes: smallest and largest rate.
-        dropout: chance that a weight sits out a step, drawn for every weight (never a bias) from torch's random stream
-            on the weight's device: the authors' dropout, which masks updates. With dropout layers in the model leave 0.
+        dropout: chance that a weight (never a bias) sits out a step: the authors' dropout, which masks updates. With
+            dropout layers in the model leave 0.
+        seed: decides the masks, together with the step and the parameter's position; torch's random stream is not
+            touched. The models of a stack share their masks.
     """
 
     def __init__(
@@ -235,6 +237,7 @@ class DropoutRprop(SelfTuning):
         etas: Pair = (0.1, 1.01),
         step_sizes: Pair = (1e-3, 5.0),
         dropout: float = 0.0,
+        seed: int = 0,
         maximize: bool = False,
         track_rates: bool = False,
         models: int | None = None,
@@ -242,7 +245,7 @@ class DropoutRprop(SelfTuning):
         super().__init__(
             params,
             Sign(),
-            Rprop(initial_rate, etas, step_sizes, dropout),
+            Rprop(initial_rate, etas, step_sizes, dropout, seed),
             lr,
             maximize=maximize,
             track_rates=track_rates,

@@ -42,6 +42,8 @@ class Slot:
     options: Mapping[str, Any]
     """The group's options; in a stack, one for each model is shaped to broadcast against ``weight``."""
     space: Space
+    index: int
+    """The parameter's position among all of the optimizer's."""
     update: Tensor
     """What the direction proposes; the weight goes against it."""
 

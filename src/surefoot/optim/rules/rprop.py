@@ -16,7 +16,6 @@ from torch import Tensor
 
 from surefoot.optim.parts import Number, Slot, State, all_of, require, require_pair
 from surefoot.optim.rules.base import Rule
-from surefoot.optim.space import Space
 
 
 def adapt(
@@ -24,11 +23,9 @@ def adapt(
 ) -> Tensor:
     """rate <- clip(rate * phi, step_sizes), phi = eta+ where ``agreement`` > 0, eta- where < 0, else 1."""
     eta_minus, eta_plus = etas
-    unchanged = torch.ones_like(rate)
-    factor = torch.where(agreement > 0, unchanged * eta_plus, unchanged)
-    factor = torch.where(agreement < 0, unchanged * eta_minus, factor)
     smallest, largest = step_sizes
-    return (rate * factor).clamp(min=smallest).clamp(max=largest)
+    lowered = torch.where(agreement < 0, rate * eta_minus, rate)
+    return torch.where(agreement > 0, rate * eta_plus, lowered).clamp_(min=smallest).clamp_(max=largest)
 
 
 @dataclass(frozen=True)
@@ -68,11 +65,19 @@ class SignRule(Rule):
         return True
 
 
-def update_mask(weight: Tensor, dropout: float, space: Space) -> Tensor | None:
-    """One Bernoulli(1 - dropout) draw for each weight from torch's random stream; ``None``: all move (biases always)."""
-    if dropout == 0 or space.dimensions(weight) < 2:
+def update_mask(slot: Slot) -> Tensor | None:
+    """One Bernoulli(1 - dropout) draw for each weight; ``None`` where all may move (biases always).
+
+    The draw depends on the seed, the step and the parameter's position alone, so a resumed run draws the same, and
+    torch's own random stream is left as it is.
+    """
+    dropout, seed = slot.options["dropout"], slot.options["seed"]
+    if dropout == 0 or slot.space.dimensions(slot.weight) < 2:
         return None
-    return torch.rand_like(weight) >= dropout
+    stream = torch.Generator(slot.weight.device)
+    stream.manual_seed((seed + 1_000_003 * (slot.state["step"] + 1_000_003 * slot.index)) % 2**63)
+    shape = slot.weight.shape[len(slot.space.shape) :]
+    return torch.rand(shape, generator=stream, device=slot.weight.device) >= dropout
 
 
 def irprop_minus(
@@ -102,22 +107,25 @@ def irprop_minus(
 class Rprop(SignRule):
     """iRprop- on the direction's signs, aware of masks (section :func:`irprop_minus`).
 
-    ``dropout`` in [0, 1): the chance that a weight (never a bias) sits out a step. The remembered sign starts at +1.
+    ``dropout`` in [0, 1): the chance that a weight (never a bias) sits out a step, drawn from ``seed`` (a whole number
+    of at least 0; the models of a stack share their masks). The remembered sign starts at +1.
     State besides the direction's: the rate and an 8-bit sign.
     """
 
     dropout: float = 0.0
+    seed: int = 0
 
     def check(self) -> None:
         super().check()
         require("dropout", self.dropout, "in [0, 1)", lambda v: 0 <= v < 1)
+        require("seed", self.seed, "a whole number of at least 0", lambda v: v >= 0 and v == int(v))
 
     def declare(self, options: Mapping[str, Any]) -> tuple[State, ...]:
         return (State("rate", options["initial_rate"]), State("sign", 1.0, torch.int8))
 
     def choose(self, slot: Slot) -> Tensor:
         o, state = slot.options, slot.state
-        mask = update_mask(slot.weight, o["dropout"], slot.space)
+        mask = update_mask(slot)
         moves, rate, sign = irprop_minus(
             slot.update, state["rate"], state["sign"], mask, o["etas"], o["step_sizes"]
         )
