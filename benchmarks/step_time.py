@@ -32,6 +32,8 @@ SETS = {"5 M in 40 tensors": (5_000_000, 40), "100 k in 60 tensors": (100_000, 6
 
 @dataclass(frozen=True)
 class Entry:
+    """One optimizer to time."""
+
     name: str
     make: Callable[[list[Tensor]], torch.optim.Optimizer]
     floats: float
@@ -44,8 +46,12 @@ ENTRIES = [
     Entry("torch Adam, foreach", lambda p: torch.optim.Adam(p, foreach=True), 7),
     Entry("torch SGD, fused", lambda p: torch.optim.SGD(p, 1e-3, fused=True), 3),
     Entry("sgd x constant", lambda p: surefoot.SelfTuning(p, directions.SGD(), rules.Constant()), 3),
-    Entry("momentum x constant", lambda p: surefoot.SelfTuning(p, directions.Momentum(), rules.Constant()), 5),
-    Entry("nesterov x constant", lambda p: surefoot.SelfTuning(p, directions.Nesterov(), rules.Constant()), 5),
+    Entry(
+        "momentum x constant", lambda p: surefoot.SelfTuning(p, directions.Momentum(), rules.Constant()), 5
+    ),
+    Entry(
+        "nesterov x constant", lambda p: surefoot.SelfTuning(p, directions.Nesterov(), rules.Constant()), 5
+    ),
     Entry("adam x constant", lambda p: surefoot.SelfTuning(p, directions.Adam(), rules.Constant()), 7),
     Entry("sign x constant", lambda p: surefoot.SelfTuning(p, directions.Sign(), rules.Constant()), 3),
     # A window of 50: its end reads rate, snapshot and sign and writes all three, once in 50 steps.
@@ -94,21 +100,33 @@ def measure(weights: int, tensors: int, repeats: int, at_least: float) -> Table:
         words.append(floor_seconds_per_word(weights, at_least))
         for entry, optimizer in optimizers:
             times[entry.name].append(cpu_seconds(optimizer.step, at_least))
-    table = Table("optimizer", "ms a step", "x fused Adam", "x its traffic floor", title=f"{weights:,} weights in {tensors} tensors")
+    table = Table(
+        "optimizer",
+        "ms a step",
+        "x fused Adam",
+        "x its traffic floor",
+        title=f"{weights:,} weights in {tensors} tensors",
+    )
     fused = times[ENTRIES[0].name]
     for entry in ENTRIES:
         own = times[entry.name]
         to_fused = statistics.median(a / b for a, b in zip(own, fused, strict=True))
-        to_floor = statistics.median(a / (word * entry.floats * weights) for a, word in zip(own, words, strict=True))
+        to_floor = statistics.median(
+            a / (word * entry.floats * weights) for a, word in zip(own, words, strict=True)
+        )
         table.add_row(entry.name, f"{1e3 * statistics.median(own):.3f}", f"{to_fused:.2f}", f"{to_floor:.2f}")
     return table
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=0.2, help="CPU time of each measurement (default 0.2)")
+    parser.add_argument(
+        "--seconds", type=float, default=0.2, help="CPU time of each measurement (default 0.2)"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=100)

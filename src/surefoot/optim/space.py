@@ -67,6 +67,7 @@ class Space:
         """Mean and unbiased standard deviation (n - 1) of all entries of all tensors; 0 for a single entry."""
         count = sum(t.numel() for t in tensors) // (self.models or 1)
         mean = self.sum(tensors) / max(count, 1)
-        deviations = [t - self.spread(mean.to(t.device), t.double()).to(t.device) for t in tensors]
+        doubles = [t.double() for t in tensors]
+        deviations = [t - self.spread(mean.to(t.device), t) for t in doubles]
         variance = self.dot(deviations, deviations) / max(count - 1, 1)
         return mean, variance.sqrt()

@@ -1,0 +1,257 @@
+"""The optimizer's own manners: what it refuses, what it reports, and sums over the parameters."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import surefoot
+from surefoot import AdamUpd, CoRe, DropoutRprop, SelfTuning, SGDUpd, SRprop
+from surefoot.optim import directions, rules
+from surefoot.optim.space import Space
+
+
+def weights(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [torch.ones(shape, requires_grad=True) for shape in shapes or [(3, 2)]]
+
+
+def step(optimizer: SelfTuning, gradient: float = 1.0) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.full_like(p, gradient)
+    optimizer.step()
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+REFUSED = [
+    (lambda p: SRprop(p, initial_rate=0.0), "initial_rate must be above 0, not 0.0."),
+    (lambda p: SRprop(p, initial_rate=math.nan), "initial_rate must be above 0, not nan."),
+    (lambda p: SRprop(p, window=0), "window must be a whole number of steps, at least 1, not 0."),
+    (lambda p: SRprop(p, window=2.5), "window must be a whole number of steps, at least 1, not 2.5."),
+    (lambda p: SRprop(p, etas=(1.2, 0.5)), r"etas must be a pair with 0 < etas\[0\] <= 1 <= etas\[1\]"),
+    (lambda p: SRprop(p, etas=0.5), r"etas must be a pair"),
+    (lambda p: SRprop(p, step_sizes=(1.0, 0.1)), r"step_sizes must be a pair with"),
+    (lambda p: SRprop(p, undo="maybe"), "undo must be one of exact, none, subtract, not 'maybe'."),
+    (lambda p: SRprop(p, weight_decay=-1), "weight_decay must be at least 0, not -1."),
+    (lambda p: SRprop(p, lr=-1.0), "lr must be at least 0, not -1.0."),
+    (lambda p: SRprop(p, lr="big"), "lr must be at least 0, not 'big'."),
+    (lambda p: SGDUpd(p, nesterov=True), "nesterov needs a momentum above 0."),
+    (lambda p: SGDUpd(p, momentum=1.0), r"momentum must be in \[0, 1\), not 1.0."),
+    (lambda p: AdamUpd(p, betas=(0.9, 1.0)), r"betas must be a pair with both in \[0, 1\)"),
+    (lambda p: AdamUpd(p, eps=-1e-8), "eps must be at least 0"),
+    (lambda p: CoRe(p, betas=(0.9, 0.9, 0.0, 0.9)), r"betas\[2\] \(c\) must be above 0, not 0.0."),
+    (lambda p: CoRe(p, frozen=0.1), "frozen needs a score_history above 0"),
+    (lambda p: CoRe(p, frozen=2.0, score_history=3), r"frozen must be in \[0, 1\], not 2.0."),
+    (lambda p: DropoutRprop(p, dropout=1.0), r"dropout must be in \[0, 1\), not 1.0."),
+    (lambda p: DropoutRprop(p, seed=-1), "seed must be a whole number of at least 0, not -1."),
+    (lambda p: SRprop(p, models=0), "models must be None or a whole number of at least 1, not 0."),
+    (lambda p: SRprop(p, models=2), r"leading axis of that length, not shape \(3, 2\)."),
+    (
+        lambda p: SRprop([p[0].to(torch.complex64).detach().requires_grad_()]),
+        "complex parameters are not supported",
+    ),
+    (lambda p: SRprop([{"params": p, "windw": 3}]), "'windw': did you mean 'window'?"),
+    (lambda p: SRprop([{"params": p, "zzz": 3}]), "'zzz': it is none of"),
+    (lambda p: SRprop([{"params": p, "window": -3}]), "window must be a whole number of steps"),
+]
+
+
+@pytest.mark.parametrize(("make", "sentence"), REFUSED)
+def test_bad_options_are_refused_in_a_sentence(make, sentence):
+    """Naming the option and its range, at once."""
+    with pytest.raises(ValueError, match=sentence):
+        make(weights())
+
+
+def test_a_refused_group_is_not_kept():
+    optimizer = SRprop(weights())
+    with pytest.raises(ValueError, match="window"):
+        optimizer.add_param_group({"params": weights(), "window": 0})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_options_of_schedulers_and_names_of_groups_are_let_through():
+    """Others write into groups too."""
+    groups = [{"params": weights(), "name": "head", "initial_lr": 1.0}]
+    assert SRprop(groups).param_groups[0]["name"] == "head"
+
+
+def test_direction_and_rule_may_not_share_an_option():
+    class Twin(rules.Constant):
+        def options(self):
+            return {"rate": 1.0, "weight_decay": 0.0}
+
+    with pytest.raises(ValueError, match="both have an option named 'weight_decay'"):
+        SelfTuning(weights(), directions.SGD(), Twin())
+
+
+def test_a_state_of_another_optimizer_is_refused_and_nothing_is_lost():
+    ours, other = SRprop(weights(), window=2), AdamUpd(weights())
+    step(ours), step(other)
+    before = ours.state_dict()
+    with pytest.raises(ValueError, match="differs in exp_avg, exp_avg_sq"):
+        ours.load_state_dict(other.state_dict())
+    assert ours.state_dict()["state"][0]["rate"].equal(before["state"][0]["rate"])
+    with pytest.raises(ValueError, match=r"rate of parameter 0 has shape \(3, 2\), the parameter \(4,\)"):
+        SRprop(weights((4,)), window=2).load_state_dict(before)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        SRprop([{"params": weights()}, {"params": weights()}]).load_state_dict(before)
+
+
+def test_loading_fills_options_that_an_older_checkpoint_lacks():
+    """A checkpoint from before an option existed gets its default."""
+    old = SRprop(weights(), window=7)
+    step(old)
+    saved = old.state_dict()
+    del saved["param_groups"][0]["undo"]
+    new = SRprop(weights())
+    new.load_state_dict(saved)
+    assert new.param_groups[0]["undo"] == "exact"
+    assert new.param_groups[0]["window"] == 7
+
+
+def test_hooks_around_loading_see_whole_states():
+    optimizer, seen = SRprop(weights()), []
+    step(optimizer)
+    other = SRprop(weights())
+    other.register_load_state_dict_pre_hook(lambda o, s: seen.append(len(s["state"])))
+    other.register_load_state_dict_post_hook(lambda o: seen.append(len(o.state)))
+    other.load_state_dict(optimizer.state_dict())
+    assert seen == [1, 1]
+
+
+# ------------------------------------------------------------------------------------------------------ the rates
+
+
+def test_rates_before_the_first_step_are_the_initial_ones():
+    optimizer = AdamUpd([{"params": weights(), "lr": 0.5}, {"params": weights(), "initial_rate": 0.1}])
+    rates = optimizer.rates()
+    assert (rates.min, rates.max) == pytest.approx((0.5e-3, 0.1))
+    assert rates.mean == pytest.approx((0.5e-3 + 0.1) / 2)
+
+
+def test_rates_include_lr_and_count_every_weight_once():
+    """4 weights at 2e-2 x 0.5 and 2 at 1e-1: mean, unbiased s.d. and histogram worked by hand."""
+    optimizer = SRprop(
+        [
+            {"params": weights((4,)), "lr": 0.5, "initial_rate": 2e-2},
+            {"params": weights((2,)), "initial_rate": 0.1},
+        ]
+    )
+    step(optimizer)
+    rates = optimizer.rates(bins=2)
+    mean = (4 * 0.01 + 2 * 0.1) / 6
+    assert rates.mean == pytest.approx(mean)
+    assert rates.std == pytest.approx(math.sqrt((4 * (0.01 - mean) ** 2 + 2 * (0.1 - mean) ** 2) / 5))
+    assert rates.histogram == (4, 2)
+    assert rates.edges == pytest.approx((0.01, 10**-1.5, 0.1))
+
+
+def test_rates_of_one_value_are_one_bin():
+    rates = SelfTuning(weights(), directions.SGD(), rules.Constant(0.25)).rates()
+    assert (rates.mean, rates.std, rates.histogram, rates.edges) == (0.25, 0.0, (6,), (0.25, 0.25))
+
+
+def test_a_frozen_parameter_has_no_say_in_the_rates():
+    moving, frozen = weights((2,), (100,))
+    frozen.requires_grad_(False)
+    optimizer = SRprop([moving, frozen], initial_rate=0.1, window=1, etas=(0.5, 1.5), track_rates=True)
+    for _ in range(3):
+        moving.grad = torch.ones_like(moving)
+        optimizer.step()
+    assert optimizer.rates().mean == pytest.approx(0.1 * 1.5**2)
+    assert optimizer.lr_mean == pytest.approx([0.1, 0.1, 0.15, 0.225])
+    assert not optimizer.state.get(frozen)
+
+
+def test_untracked_rates_say_how_to_track_them():
+    with pytest.raises(AttributeError, match="track_rates=True"):
+        _ = SRprop(weights()).lr_mean
+
+
+def test_group_lr_is_the_multiplier():
+    """What a logger of ``group["lr"]`` logs: the number that schedulers move, times which every rate is taken."""
+    optimizer = SRprop(weights(), lr=0.5, initial_rate=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
+    step(optimizer)
+    assert optimizer.param_groups[0]["params"][0].detach().flatten()[0] == pytest.approx(1 - 0.5 * 0.1)
+    scheduler.step()
+    assert scheduler.get_last_lr() == pytest.approx([0.05])
+    assert optimizer.rates().mean == pytest.approx(0.05 * 0.1)
+
+
+# ------------------------------------------------------------------------------------------------------ the space
+
+
+@given(st.lists(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=5), min_size=1, max_size=4))
+def test_sums_and_dots_are_those_of_one_long_vector(lists):
+    tensors = [torch.tensor(values, dtype=torch.float64) for values in lists]
+    together = torch.cat(tensors)
+    space = Space()
+    assert space.sum(tensors).item() == pytest.approx(together.sum().item(), abs=1e-9)
+    assert space.dot(tensors, tensors).item() == pytest.approx(together.dot(together).item(), rel=1e-12)
+    mean, std = space.mean_std(tensors)
+    assert mean.item() == pytest.approx(together.mean().item(), abs=1e-9)
+    if len(together) > 1:
+        assert std.item() == pytest.approx(together.std().item(), rel=1e-6, abs=1e-6)
+
+
+def test_sums_of_a_stack_are_each_models_own():
+    tensors = [torch.randn(3, 4, 2), torch.randn(3, 5), torch.randn(3)]
+    stack, one = Space(3), Space()
+    for k in range(3):
+        own = [t[k] for t in tensors]
+        assert stack.sum(tensors)[k] == one.sum(own)
+        assert stack.dot(tensors, tensors)[k] == one.dot(own, own)
+        for ours, theirs in zip(stack.mean_std(tensors), one.mean_std(own), strict=True):
+            assert ours[k] == pytest.approx(theirs.item(), rel=1e-12)
+
+
+def test_sums_are_made_in_float64():
+    """A million ones and a tiny one, which float32 would lose."""
+    tensors = [torch.ones(10**6), torch.full((1,), 1e-4)]
+    assert Space().sum(tensors).item() == pytest.approx(10**6 + 1e-4, abs=1e-9)
+
+
+def test_no_tensors_sum_to_zero():
+    assert Space().sum([]).item() == 0
+    assert Space(2).sum([]).tolist() == [0, 0]
+
+
+# ------------------------------------------------------------------------------------------------------ the package
+
+
+def test_importing_surefoot_does_not_wait_for_torch():
+    code = "import sys, surefoot; assert 'torch' not in sys.modules; surefoot.SRprop; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(surefoot, name) is not None for name in surefoot.__all__)
+    assert dir(surefoot) == surefoot.__all__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = surefoot.nothing
+
+
+def test_the_optimizers_need_torch_alone():
+    """``pip install surefoot`` without the laboratory's packages must do to train."""
+    code = (
+        "import sys\n"
+        "for name in ('numpy', 'scipy', 'sklearn', 'plotly', 'rich', 'typer', 'sqlalchemy', 'pooch', 'jinja2'):\n"
+        "    sys.modules[name] = None\n"
+        "import torch, surefoot\n"
+        "p = torch.ones(2, requires_grad=True)\n"
+        "optimizer = surefoot.AdamUpd([p], window=1, track_rates=True)\n"
+        "for _ in range(3):\n"
+        "    p.grad = torch.ones(2)\n"
+        "    optimizer.step()\n"
+        "optimizer.rates(), optimizer.lr_mean, optimizer.load_state_dict(optimizer.state_dict())\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
