@@ -1,0 +1,172 @@
+"""The optimizers by the names of the command line. Settings and defaults are read off the optimizers themselves."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from surefoot.lab.errors import UserError
+from surefoot.lab.runs import Scalar, Value
+from surefoot.optim import AdamUpd, CoRe, DropoutRprop, SelfTuning, SGDUpd, SRprop
+from surefoot.optim.directions import SGD, Adam, Direction, Momentum, Nesterov
+from surefoot.optim.rules import Constant, Rule, Window
+
+if TYPE_CHECKING:
+    from surefoot.lab.plan import MethodRequest
+
+_RATE_NAMES = ("rate", "initial_rate")  # what the optimizers call the number that a comparison varies
+_NOT_SETTINGS = frozenset({"params", "lr", "maximize", "track_rates", "models", *_RATE_NAMES})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One optimizer: what it is, its settings with their defaults, and how it is made from all of them and a rate."""
+
+    summary: str
+    settings: Mapping[str, Value]
+    make: Callable[[Iterable[Tensor], Mapping[str, Value], float], SelfTuning]
+
+
+def _cell(
+    direction: type[Direction], rule: type[Rule], fixed: Mapping[str, Value] | None = None, **defaults: Value
+) -> Entry:
+    """A direction times a rule; ``fixed`` options are no settings, ``defaults`` replace the classes' own."""
+    fixed = fixed or {}
+    options: dict[type, dict[str, Any]] = {
+        part: {f.name: f.default for f in fields(part)} for part in (direction, rule)
+    }
+    rate_name = next(name for name in _RATE_NAMES if name in options[rule])
+
+    def make(params: Iterable[Tensor], settings: Mapping[str, Value], rate: float) -> SelfTuning:
+        values = {**settings, **fixed, rate_name: rate}
+        made = {part: part(**{name: values[name] for name in options[part]}) for part in options}
+        return SelfTuning(params, cast(Direction, made[direction]), cast(Rule, made[rule]))
+
+    own = {name: value for part in options for name, value in options[part].items()}
+    settings = {
+        name: defaults.get(name, value) for name, value in own.items() if name not in {*_NOT_SETTINGS, *fixed}
+    }
+    return Entry(f"{direction.__name__} x {rule.__name__}", settings, make)
+
+
+def _named(optimizer: type[SelfTuning]) -> Entry:
+    """An optimizer with a name and a signature of its own."""
+    signature = inspect.signature(optimizer).parameters
+    rate_name = next(name for name in _RATE_NAMES if name in signature)
+
+    def make(params: Iterable[Tensor], settings: Mapping[str, Value], rate: float) -> SelfTuning:
+        return cast(Callable[..., SelfTuning], optimizer)(params, **settings, **{rate_name: rate})
+
+    settings = {name: p.default for name, p in signature.items() if name not in _NOT_SETTINGS}
+    summary = (inspect.getdoc(optimizer) or "").partition("\n")[0].split(". ")[0].rstrip(".")
+    return Entry(summary, settings, make)
+
+
+CATALOGUE: Mapping[str, Entry] = {
+    "sgd": _cell(SGD, Constant),
+    "momentum": _cell(Momentum, Constant),
+    "nesterov": _cell(Nesterov, Constant),
+    "adam": _cell(Adam, Constant),
+    "adamw": _cell(
+        Adam,
+        Constant,
+        fixed={"decoupled_weight_decay": True},
+        weight_decay=inspect.signature(torch.optim.AdamW).parameters["weight_decay"].default,
+    ),
+    "srprop": _named(SRprop),
+    "sgd-upd": _named(SGDUpd),
+    "adam-upd": _named(AdamUpd),
+    "momentum-window": _cell(Momentum, Window),
+    "nesterov-window": _cell(Nesterov, Window),
+    "core": _named(CoRe),
+    "dropout-rprop": _named(DropoutRprop),
+}
+"""Every optimizer that a comparison can name."""
+
+
+def resolve(request: MethodRequest, rates: Sequence[float] = ()) -> dict[str, Value]:
+    """All settings of what was asked for, defaults included, each of its default's type.
+
+    Every rate is tried too (``request.rate`` or ``rates``), on a parameter of no consequence, so that what an optimizer
+    refuses is known before anything is trained.
+
+    Raises:
+        UserError: no such optimizer or setting, or a value that it does not take.
+    """
+    entry = _entry(request.optimizer)
+    for name in request.settings:
+        if name not in entry.settings:
+            raise UserError(
+                f"Optimizer {request.optimizer} has no setting {name!r}; {_nearest(name, entry.settings)}."
+            )
+    settings = {
+        name: _coerced(request.settings.get(name, default), default, f"{request.optimizer}[{name}]")
+        for name, default in entry.settings.items()
+    }
+    try:
+        for rate in rates if request.rate is None else (request.rate,):
+            entry.make([torch.zeros(2, 2, requires_grad=True)], settings, rate)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"Optimizer {request.label}: {error}") from error
+    return settings
+
+
+def build(params: Iterable[Tensor], optimizer: str, settings: Mapping[str, Value], rate: float) -> SelfTuning:
+    """The optimizer over ``params`` with :func:`resolve`'s settings (lists, as JSON gives them back, are tuples)."""
+    entry = _entry(optimizer)
+    return entry.make(
+        params,
+        {
+            name: _coerced(settings[name], default, f"{optimizer}[{name}]")
+            for name, default in entry.settings.items()
+        },
+        rate,
+    )
+
+
+def _entry(name: str) -> Entry:
+    if name not in CATALOGUE:
+        raise UserError(f"There is no optimizer {name!r}; {_nearest(name, CATALOGUE)}.")
+    return CATALOGUE[name]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}" if near else f"there are {', '.join(known)}"
+
+
+def _coerced(value: Value, default: Value, setting: str) -> Value:
+    """``value`` in the type of ``default``: equal settings must be equal however they were written."""
+    if isinstance(default, Sequence) and not isinstance(default, str):
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(default):
+            raise UserError(
+                f"{setting} takes {len(default)} values, such as {_written(default)}, not {_written(value)}."
+            )
+        return tuple(_scalar(v, d, setting) for v, d in zip(value, default, strict=True))
+    return _scalar(value, default, setting)
+
+
+def _scalar(value: Value, default: Scalar, setting: str) -> Scalar:
+    if type(value) is type(default):
+        return cast(Scalar, value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and type(default) is float:
+        return float(cast(float, value))
+    if number and type(default) is int and float(cast(float, value)).is_integer():
+        return int(cast(float, value))
+    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[type(default)]
+    raise UserError(f"{setting} takes {kind}, such as {_written(default)}, not {_written(value)}.")
+
+
+def _written(value: Value) -> str:
+    """As it is written on the command line."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ":".join(map(_written, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

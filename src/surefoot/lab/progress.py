@@ -1,0 +1,121 @@
+"""How far a comparison is and how long it will take: arithmetic on estimates, and what a person sees of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import Task as Bar
+from rich.text import Text
+
+from surefoot.lab.runs import RunResult
+
+QUIET_SECONDS = 10.0
+"""Where the output is no terminal: the shortest time between two lines of progress."""
+
+
+def wall_seconds(estimates: Sequence[float], workers: int) -> float:
+    """The time that runs of these lengths take, ``workers`` at once: evenly shared, but never less than the longest."""
+    if not estimates:
+        return 0.0
+    return max(sum(estimates) / min(workers, len(estimates)), *estimates)
+
+
+def roughly(seconds: float) -> str:
+    """A time as one says it beforehand: ``"45 s"``, ``"3 min"``, ``"2 h 10 min"``, ``"3 days"``."""
+    if round(seconds) < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    if minutes < 36 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{round(minutes / 60 / 24)} days"
+
+
+class Pace:
+    """The time left, from the estimates corrected by what the finished runs really took.
+
+    Args:
+        estimates: seconds of every run that is to be done.
+        workers: how many run at once.
+        now: the clock at the start, in seconds.
+    """
+
+    def __init__(self, estimates: Sequence[float], workers: int, now: float) -> None:
+        self.total = sum(estimates)
+        self.done = 0.0
+        """Estimated seconds of the finished runs: what the bar shows."""
+        self.runs = 0
+        self._waiting = list(estimates)
+        self._workers = workers
+        self._last = now
+        self._estimated = 0.0
+        self._measured = 0.0
+
+    def finished(self, estimate: float, result: RunResult, now: float) -> None:
+        """Notes that a run came back. A diverged run stopped early and says nothing about the others."""
+        self._waiting.remove(estimate)
+        self.done += estimate
+        self.runs += 1
+        self._last = now
+        if result.status == "finished":
+            self._estimated += estimate
+            self._measured += result.seconds
+
+    def left(self, now: float) -> float:
+        """Seconds until the last run is done; counts down between one run's end and the next."""
+        correction = self._measured / self._estimated if self._estimated > 0 else 1.0
+        return max(0.0, wall_seconds(self._waiting, self._workers) * correction - (now - self._last))
+
+
+@contextmanager
+def shown(
+    console: Console, estimates: Sequence[float], workers: int, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[float, RunResult], None]]:
+    """Shows the progress of runs while the block lasts; call what it gives with each run's estimate and result.
+
+    A terminal gets a bar, weighted by the estimates; anything else a plain line now and then.
+    """
+    pace = Pace(estimates, workers, clock())
+    show = _bar if console.is_terminal else _lines
+    with show(console, pace, len(estimates), clock) as refresh:
+
+        def advance(estimate: float, result: RunResult) -> None:
+            pace.finished(estimate, result, clock())
+            refresh()
+
+        yield advance
+
+
+@contextmanager
+def _bar(console: Console, pace: Pace, runs: int, clock: Callable[[], float]) -> Iterator[Callable[[], None]]:
+    class TimeLeft(ProgressColumn):
+        def render(self, task: Bar) -> Text:
+            return Text(f"about {roughly(pace.left(clock()))} left" if pace.runs < runs else "done")
+
+    columns = (BarColumn(), TextColumn(f"{{task.fields[runs]}}/{runs} runs"), TimeLeft())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=pace.total, runs=0)
+        yield lambda: progress.update(bar, completed=pace.done, runs=pace.runs)
+
+
+@contextmanager
+def _lines(
+    console: Console, pace: Pace, runs: int, clock: Callable[[], float]
+) -> Iterator[Callable[[], None]]:
+    said = clock()
+
+    def refresh() -> None:
+        nonlocal said
+        now = clock()
+        if now - said >= QUIET_SECONDS and pace.runs < runs:
+            said = now
+            console.print(
+                f"{pace.runs} of {runs} runs, about {roughly(pace.left(now))} left", highlight=False
+            )
+
+    yield refresh
