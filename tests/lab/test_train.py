@@ -101,9 +101,9 @@ class TestByHand:
         assert result.spec is spec
 
     def test_batch_norm_evaluates_with_its_running_statistics(self):
-        model = lambda: nn.Sequential(
-            nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES)
-        )  # noqa: E731
+        def model():
+            return nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES))
+
         task, spec = make_task(model=model), make_spec(epochs=1, batch_size=10)
         torch.manual_seed(stream_seed(0, "weights"))
         by_hand = model()

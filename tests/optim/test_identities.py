@@ -27,8 +27,10 @@ RATE = 0.05
 
 @dataclass(frozen=True)
 class Twin:
-    """A torch optimizer and the direction that is the same thing; ``torch_only`` are options that we spell as another
-    direction or not at all."""
+    """A torch optimizer and the direction that is the same thing, with the options of a second parameter group.
+
+    ``torch_only`` are the options that here are another direction.
+    """
 
     name: str
     reference: type[torch.optim.Optimizer]
@@ -38,7 +40,7 @@ class Twin:
     other_group: dict[str, Any] = field(default_factory=dict)
     maximize: bool = False
 
-    def torch_optimizer(self, params, lr, **group):
+    def torch_optimizer(self, params, lr):
         return self.reference(params, lr=lr, **self.options, **self.torch_only, maximize=self.maximize)
 
     def ours(self, params, rate, lr):

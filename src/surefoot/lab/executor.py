@@ -252,10 +252,10 @@ class _Room:
         return load(self.task_ref, self.data)
 
     @cached_property
-    def task_version(self) -> str:
+    def info(self) -> TaskInfo:
         from surefoot.lab.tasks import describe
 
-        return describe(self.task).version
+        return describe(self.task)
 
 
 def _serve(room: _Room, connection: Connection) -> None:
@@ -299,13 +299,13 @@ def _die_with_the_driver() -> None:
 def _prepare(
     room: _Room, requests: Sequence[MethodRequest], rates: tuple[float, ...]
 ) -> tuple[TaskInfo, list[Method]]:
-    from surefoot.lab import catalogue, tasks, train
+    from surefoot.lab import catalogue, train
 
     train.usable_device(room.device)
     settings = [
         catalogue.resolve(request, rates) for request in requests
     ]  # before data that may take long to load
-    task = tasks.describe(room.task)
+    task = room.info
     methods = [
         Method(
             label=request.label,
@@ -334,6 +334,6 @@ def _estimate(room: _Room, spec: RunSpec) -> float:
 def _run(room: _Room, spec: RunSpec) -> RunResult:
     from surefoot.lab import train
 
-    if room.task_version != spec.task_version:  # each process loads the task for itself
+    if room.info.version != spec.task_version:  # each process loads the task for itself
         raise UserError(f"Task {spec.task} has changed since the comparison began; start it again.")
     return train.train(room.task, spec, room.device)

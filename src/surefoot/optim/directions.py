@@ -124,6 +124,12 @@ class Nesterov(Direction):
         return slot.grad + momentum * buffer
 
 
+def second_moment_(v: Tensor, g: Tensor, beta: Number) -> Tensor:
+    """v <- beta v + (1 - beta) g^2. Not a lerp: an overflowed v must stay infinite, and lerp makes NaN of it."""
+    v.mul_(beta)
+    return v.add_(g.square() * (1 - beta)) if isinstance(beta, Tensor) else v.addcmul_(g, g, value=1 - beta)
+
+
 def adam_ratio(m: Tensor, v: Tensor, beta1: Number, beta2: Number, step: int, eps: Number) -> Tensor:
     """u = m_hat / (sqrt(v_hat) + eps), with m_hat = m / (1 - beta1^t) and v_hat = v / (1 - beta2^t)."""
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
@@ -156,7 +162,7 @@ class Adam(Direction):
         g, o, state, step = slot.grad, slot.options, slot.state, slot.state["step"]
         beta1, beta2 = o["betas"]
         m = state["exp_avg"].lerp_(g, 1 - beta1)
-        v = state["exp_avg_sq"].lerp_(g.square(), 1 - beta2)
+        v = second_moment_(state["exp_avg_sq"], g, beta2)
         if o["amsgrad"]:
             largest = state["max_exp_avg_sq"]
             v = torch.maximum(largest, v, out=largest)
@@ -205,5 +211,5 @@ class AnnealedAdam(Direction):
         m = state["exp_avg"].lerp_(g, 1 - beta1)
         if beta2 < 0:
             return torch.sign(m)
-        v = state["exp_avg_sq"].lerp_(g.square(), 1 - beta2)
+        v = second_moment_(state["exp_avg_sq"], g, beta2)
         return adam_ratio(m, v, beta1, beta2, step, o["eps"])

@@ -202,9 +202,8 @@ def _lead(pair: Pair, other: Summary) -> str:
     if any(pair.diverged):
         return f"; the next best, {pair.second}, diverged in {pair.diverged[1]} of {pair.difference.n} runs."
     size, interval = with_interval(lead(pair))
-    share = (
-        f" ({-100 * pair.difference.mean / other.final_loss.mean:.2g} %)" if other.final_loss.mean > 0 else ""
-    )
+    percent = -100 * pair.difference.mean / other.final_loss.mean if other.final_loss.mean > 0 else math.nan
+    share = "" if math.isnan(percent) else f" ({percent:.{1 if percent < 10 else 0}f} %)"
     return (
         f": {size}{share} below the next best, {pair.second} (95 % interval {interval}, {p_value(pair.p_holm)}, "
         f"{pair.difference.n} seeds)."
