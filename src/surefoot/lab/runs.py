@@ -104,7 +104,9 @@ class RunResult:
     @property
     def final_validation_metric(self) -> float:
         """The last validation metric; NaN for a diverged run or where the task has none."""
-        return self.validation_metric[-1] if self.status == "finished" and self.validation_metric else math.nan
+        return (
+            self.validation_metric[-1] if self.status == "finished" and self.validation_metric else math.nan
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
