@@ -195,6 +195,13 @@ class TestVersion:
         )
         assert describe(flat).version != describe(other).version
 
+    def test_layers_of_another_width_are_another_model(self):
+        def described(width):
+            return describe(task(model=lambda: nn.Sequential(nn.Linear(3, width), nn.Linear(width, 1))))
+
+        assert described(4).version != described(5).version
+        assert described(4).version == described(4).version
+
     def test_every_type_of_tensor_can_be_hashed(self):
         for dtype in (torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float64):
             inputs = torch.ones(6, 3).to(dtype)
@@ -350,6 +357,10 @@ class TestOwnFile:
         path = own(FILE.replace("task():", "task(data):").replace('"own"', "str(data)"))
         assert load(f"{path}:task", tmp_path).name == str(tmp_path)
         assert load(f"{path}:task").name == "None"
+
+    def test_is_compiled_as_it_stands(self, own):
+        path = own(FILE + "\n\ndef plain(x: int): ...\n\n\nassert plain.__annotations__['x'] is int\n")
+        assert load(f"{path}:task").name == "own"
 
     def test_its_own_sentence_is_passed_on(self, own):
         path = own(

@@ -126,7 +126,7 @@ def _imported(path: Path, source: bytes) -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     sys.modules[module.__name__] = module  # dataclasses and pickle look their module up there
     try:
-        exec(compile(source, path, "exec"), vars(module))
+        exec(compile(source, path, "exec", dont_inherit=True), vars(module))
     except UserError:
         raise
     except (Exception, SystemExit) as error:
