@@ -3,7 +3,7 @@
 #   make test      run the tests
 #   make gate      lint, format and types
 #   make bench     time the optimizers and whole training loops (docs/performance.md)
-#   make table1    the MNIST table of the L-algorithms' paper (DATA=folder; about half an hour on 2 cores)
+#   make table1    the MNIST table of the L-algorithms' paper (DATA=folder; half an hour on 2 cores)
 
 PYTHON ?= python3
 VENV := .venv

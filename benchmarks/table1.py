@@ -57,7 +57,7 @@ def page(stored: Sequence[RunResult], arguments: argparse.Namespace) -> str:
         "",
         "Written by `benchmarks/table1.py` from its stored runs; run again by",
         "",
-        f"    make table1 DATA=folder{'' if arguments.seeds == RUNS else f' SEEDS={arguments.seeds}'}",
+        "    make table1 DATA=folder",
         "",
         f"Each row at its published best setting (L, M in patterns): {arguments.epochs} epochs"
         f"{'' if arguments.epochs == EPOCHS else f' (published: {EPOCHS})'}, {arguments.seeds} seeds that differ in "

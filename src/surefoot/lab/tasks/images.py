@@ -114,5 +114,5 @@ def _digits(name: str, model: Callable[[], nn.Module]) -> Task:
         loss=nn.functional.cross_entropy,
         metric=accuracy,
         batch_size=24,
-        epochs=15,
+        epochs=10,
     )
