@@ -8,7 +8,7 @@ p <- p - lr * r * u
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast, overload
 
@@ -21,6 +21,8 @@ from surefoot.optim.parts import WEIGHT, Number, Slot, State, require
 from surefoot.optim.precision import is_short, narrow_, widen, working_dtype
 from surefoot.optim.rules.base import Rule
 from surefoot.optim.space import Space
+
+Loss = float | Tensor
 
 _FOREIGN_OPTIONS = frozenset(
     {"params", "param_names", "name", "differentiable"}
@@ -95,42 +97,69 @@ class SelfTuning(Optimizer):
     # ------------------------------------------------------------------------------------------------- the step
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, *, loss: None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float], *, loss: None = None) -> float: ...
+    @overload
+    def step(self, closure: None = None, *, loss: Loss) -> Loss: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None, *, loss: Loss | None = None) -> Loss | None:
         """Move every parameter that has a gradient.
 
         Args:
             closure: computes the loss again, with gradients, and returns it, as for any torch optimizer.
+            loss: the value that the gradients belong to, where it is at hand: a scalar, in a stack ``[K]``. Rules that
+                go by the loss need one of the two; every other rule lets it through.
 
         Returns:
-            What the closure returned.
+            The loss, as it was given or as the closure returned it.
+
+        Raises:
+            ValueError: for a sparse gradient, for a closure together with a loss, or for a rule that goes by the loss
+                and is given none. Nothing has moved then.
         """
-        loss = None
         if closure is not None:
+            if loss is not None:
+                raise ValueError("step takes a closure or a loss, not both.")
             with torch.enable_grad():
                 loss = closure()
         moving = [(i, p, group) for i, (p, group) in enumerate(self._members()) if p.grad is not None]
         for _, p, _ in moving:
             if cast(Tensor, p.grad).is_sparse:
                 raise ValueError("sparse gradients are not supported; make the embedding with sparse=False.")
+        value = self._loss_value(loss)
         for _, p, group in moving:
             if "step" not in self.state[p]:
                 self._begin(p, group)
         if self.track_rates and moving and not self.lr_counter:
             self._record()
+        shared = self._shared()
+        slots: Iterable[Slot] = (self._propose(index, p, group, shared) for index, p, group in moving)
+        if shared:  # a global rule has to see them all; otherwise one update at a time is in memory
+            slots = list(slots)
+            self.rule.measure(slots, shared, value)
         adapted = False
-        for index, p, group in moving:
-            self._move(index, p, group)
-            adapted |= self.rule.adapts_at(self.state[p]["step"], group)
+        for slot in slots:
+            self._apply(slot)
+            adapted |= self.rule.adapts_at(slot.state["step"], slot.options)
         if self.track_rates and adapted:
             self._record()
         return loss
 
-    def _move(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
+    def _loss_value(self, loss: Loss | None) -> Tensor | None:
+        """The loss as the rule gets it: float64, one for each model."""
+        if loss is None:
+            if self.rule.needs_loss:
+                raise ValueError("this rule goes by the loss: call step(loss=loss), or step(closure).")
+            return None
+        value = torch.as_tensor(loss).detach().to(torch.float64)
+        if value.shape != self.space.shape:
+            raise ValueError(f"loss must have shape {self.space.shape}, not {tuple(value.shape)}.")
+        return value
+
+    def _propose(self, index: int, p: Tensor, group: dict[str, Any], shared: dict[str, Tensor]) -> Slot:
+        """The direction's update for one parameter; nothing has moved yet."""
         state = self.state[p]
         state["step"] += 1
         weight = self._value(p)
@@ -139,13 +168,18 @@ class SelfTuning(Optimizer):
         if group["maximize"]:
             grad = -grad
         grad = self.direction.couple(grad, weight, options)
-        slot = Slot(weight, grad, state, options, self.space, index, update=grad)
+        slot = Slot(p, weight, grad, state, options, self.space, index, shared, update=grad)
         slot.update = self.direction.propose(slot)
+        return slot
+
+    def _apply(self, slot: Slot) -> None:
+        """Move one parameter."""
+        p, state = slot.parameter, slot.state
         rate = self.rule.choose(slot)
-        update = self.direction.shrink(slot.update, weight, options)
-        write_back_(weight, update, options["lr"], rate)
+        update = self.direction.shrink(slot.update, slot.weight, slot.options)
+        write_back_(slot.weight, update, slot.options["lr"], rate)
         if is_short(p):
-            narrow_(p, state["compensation"], weight)
+            narrow_(p, state["compensation"], slot.weight)
             slot.weight = self._value(p)
         kept = self.rule.settle(slot)
         if kept is None:
@@ -178,6 +212,26 @@ class SelfTuning(Optimizer):
             tensor = torch.empty_like(p, dtype=dtype, requires_grad=False)
             state[declared.name] = tensor.copy_(init) if isinstance(init, Tensor) else tensor.fill_(init)
         state["step"] = 0
+
+    def _keeper(self) -> dict[str, Any]:
+        """The state of the first parameter, where what belongs to all of them is kept."""
+        return self.state[self.param_groups[0]["params"][0]]
+
+    def _shared(self) -> dict[str, Tensor]:
+        """What the rule keeps for all parameters together; made at the first call."""
+        group = self.param_groups[0]
+        declared = self.rule.declare_shared(group)
+        keeper = self._keeper() if declared else {}
+        for state in declared:
+            if state.name not in keeper:
+                first = group["params"][0]
+                start = torch.as_tensor(state.init, dtype=torch.float64, device=first.device)
+                keeper[state.name] = start.expand(self.space.shape).clone()
+        return {state.name: keeper[state.name] for state in declared}
+
+    def _names_for_all(self, group: dict[str, Any]) -> set[str]:
+        """What may stand in the first parameter's state beside its own."""
+        return {"lr_history", "lr_counter"} | {state.name for state in self.rule.declare_shared(group)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, in the declared dtypes and on the parameters' devices; shares no tensor.
@@ -217,15 +271,15 @@ class SelfTuning(Optimizer):
             return  # torch's own message says it
         for index, saved in state_dict["state"].items():
             p, _ = members[index]
+            group = {**self.defaults, **groups[index]}
             if "step" not in saved:
                 continue
-            group = {**self.defaults, **groups[index]}
             expected = {declared.name for declared in self._declared(p, group)} | {"step"}
-            present = set(saved) - {"lr_history", "lr_counter"}
+            present = set(saved) - self._names_for_all(group)
             if present != expected:
                 odd = ", ".join(sorted(present ^ expected))
                 raise ValueError(f"the loaded state is not this optimizer's: it differs in {odd}.")
-            for name in expected - {"step"}:
+            for name in sorted(expected - {"step"}):
                 if saved[name].shape != p.shape:
                     raise ValueError(
                         f"the loaded state does not fit: {name} of parameter {index} has shape "
@@ -234,7 +288,7 @@ class SelfTuning(Optimizer):
 
     def _restored(self, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         dtypes = {declared.name: declared.dtype or working_dtype(p) for declared in self._declared(p, group)}
-        dtypes["lr_history"] = torch.float64
+        dtypes.update(dict.fromkeys(self._names_for_all(group) - {"lr_counter"}, torch.float64))
         return {
             name: value.detach().to(p.device, dtypes[name], copy=True) if name in dtypes else int(value)
             for name, value in saved.items()
@@ -320,7 +374,7 @@ class SelfTuning(Optimizer):
 
     def _record(self) -> None:
         """Append mean and s.d. of the rates to the history; kept with the first parameter, on its device."""
-        keeper = self.state[self.param_groups[0]["params"][0]]
+        keeper = self._keeper()
         entry = torch.stack(self.space.mean_std(self._effective_rates()))
         count = keeper.setdefault("lr_counter", 0)
         history = keeper.setdefault("lr_history", entry.new_zeros((16, *entry.shape)))

@@ -20,7 +20,7 @@ WEIGHT = "weight"
 
 @dataclass(frozen=True)
 class State:
-    """One declared state tensor of a parameter, of the parameter's shape."""
+    """One declared state tensor: of each parameter and of its shape, or shared by all of them and one for each model."""
 
     name: str
     init: Number | str = 0.0
@@ -33,6 +33,8 @@ class State:
 class Slot:
     """One parameter at one step, as directions and rules see it."""
 
+    parameter: Tensor
+    """The parameter itself, for its identity; its value is ``weight``."""
     weight: Tensor
     """The parameter's value, in the dtype of the arithmetic."""
     grad: Tensor
@@ -44,6 +46,8 @@ class Slot:
     space: Space
     index: int
     """The parameter's position among all of the optimizer's."""
+    shared: dict[str, Tensor]
+    """What the rule keeps for all parameters together, one number for each model, in float64."""
     update: Tensor
     """What the direction proposes; the weight goes against it."""
 
@@ -51,6 +55,10 @@ class Slot:
         """Write new values into the declared state, in place."""
         for name, value in new.items():
             self.state[name].copy_(value)
+
+    def spread(self, number: Tensor) -> Tensor:
+        """One number for each model, shaped to broadcast against the weight and in its dtype."""
+        return self.space.spread(number, self.weight).to(self.weight.device, self.weight.dtype)
 
 
 @dataclass(frozen=True)

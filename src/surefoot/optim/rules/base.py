@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from surefoot.optim.parts import Number, Part, Slot
+from surefoot.optim.parts import Number, Part, Slot, State
 
 
 @dataclass(frozen=True)
 class Rule(Part):
-    """How far to go along a direction."""
+    """How far to go along a direction.
+
+    A rule that only looks at one weight or one tensor needs :meth:`choose` alone, and each parameter is finished before
+    the next one's update is made. One whose rate depends on all parameters together declares what it keeps for them in
+    :meth:`declare_shared` and is shown every slot in :meth:`measure` before anything moves.
+    """
+
+    needs_loss: ClassVar[bool] = False
+    """Whether a step without a loss is refused."""
+
+    def declare_shared(self, options: Mapping[str, Any]) -> tuple[State, ...]:
+        """The state for all parameters together: one number for each model, float64. None: the rule is not global."""
+        return ()
+
+    def measure(self, slots: Sequence[Slot], shared: dict[str, Tensor], loss: Tensor | None) -> None:
+        """Before anything moves, with every parameter's update at hand: adapt the ``shared`` state in place.
+
+        ``loss`` is the step's loss, one number for each model in float64, or ``None`` if the caller gave none.
+        """
 
     def choose(self, slot: Slot) -> Number:
         """The rate of this step, from what is known before the weight moves; stores the rule's own state."""
