@@ -8,8 +8,9 @@ p <- p - lr * r * u
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast, overload
 
 import torch
@@ -19,6 +20,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from surefoot.optim.directions import Direction
 from surefoot.optim.parts import WEIGHT, Number, Slot, State, require
 from surefoot.optim.precision import is_short, narrow_, widen, working_dtype
+from surefoot.optim.probe import RandomState, leaving_no_trace
 from surefoot.optim.rules.base import Rule
 from surefoot.optim.space import Space
 
@@ -93,24 +95,35 @@ class SelfTuning(Optimizer):
         if shared:
             raise ValueError(f"direction and rule both have an option named {sorted(shared)[0]!r}.")
         super().__init__(params, {"lr": lr, **direction.options(), **rule.options(), "maximize": maximize})
+        self._remember_random_state()
 
     # ------------------------------------------------------------------------------------------------- the step
 
     @overload
-    def step(self, closure: None = None, *, loss: None = None) -> None: ...
+    def step(self, closure: None = None, *, loss: None = None, evaluate: None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float], *, loss: None = None) -> float: ...
+    def step(self, closure: Callable[[], float], *, loss: None = None, evaluate: None = None) -> float: ...
     @overload
-    def step(self, closure: None = None, *, loss: Loss) -> Loss: ...
+    def step(self, closure: None = None, *, loss: Loss, evaluate: Callable[[], Loss] | None = None) -> Loss: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, *, loss: Loss | None = None) -> Loss | None:
+    def step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        loss: Loss | None = None,
+        evaluate: Callable[[], Loss] | None = None,
+    ) -> Loss | None:
         """Move every parameter that has a gradient.
 
         Args:
             closure: computes the loss again, with gradients, and returns it, as for any torch optimizer.
             loss: the value that the gradients belong to, where it is at hand: a scalar, in a stack ``[K]``. Rules that
                 go by the loss need one of the two; every other rule lets it through.
+            evaluate: computes the loss of the same batch again, forward only. For rules that probe the loss at other
+                weights; called at most once a step, never by any other rule. Its dropout masks are those that followed
+                the last :meth:`zero_grad` (or the last step), so call that when the batch is ready, before the forward
+                pass. It leaves buffers, gradients and random streams as they are. With a closure none is needed.
 
         Returns:
             The loss, as it was given or as the closure returned it.
@@ -120,8 +133,9 @@ class SelfTuning(Optimizer):
                 and is given none. Nothing has moved then.
         """
         if closure is not None:
-            if loss is not None:
-                raise ValueError("step takes a closure or a loss, not both.")
+            if loss is not None or evaluate is not None:
+                raise ValueError("step takes a closure, or a loss with evaluate, not both.")
+            self._remember_random_state()
             with torch.enable_grad():
                 loss = closure()
         moving = [(i, p, group) for i, (p, group) in enumerate(self._members()) if p.grad is not None]
@@ -129,6 +143,11 @@ class SelfTuning(Optimizer):
             if cast(Tensor, p.grad).is_sparse:
                 raise ValueError("sparse gradients are not supported; make the embedding with sparse=False.")
         value = self._loss_value(loss)
+        shared_options = self.param_groups[0]
+        clock = self._clock() + 1
+        probing = bool(moving) and self.rule.probes_at(clock, shared_options)
+        if probing and closure is None and evaluate is None:
+            raise ValueError("this rule probes the loss: call step(loss=loss, evaluate=...), or step(closure).")
         for _, p, group in moving:
             if "step" not in self.state[p]:
                 self._begin(p, group)
@@ -136,16 +155,55 @@ class SelfTuning(Optimizer):
             self._record()
         shared = self._shared()
         slots: Iterable[Slot] = (self._propose(index, p, group, shared) for index, p, group in moving)
-        if shared:  # a global rule has to see them all; otherwise one update at a time is in memory
+        if shared and moving:  # a global rule has to see them all; otherwise one update at a time is in memory
+            self._keeper()["clock"] = clock
             slots = list(slots)
-            self.rule.measure(slots, shared, value)
+            self.rule.measure(slots, shared, shared_options, value)
         adapted = False
+        if probing:
+            slots = list(slots)
+            probe = partial(self._probed, closure or evaluate, with_grad=closure is not None)
+            ahead = [self.rule.ahead(slot) for slot in slots]
+            after = None if all(point is None for point in ahead) else self._elsewhere(slots, ahead, probe)
         for slot in slots:
             self._apply(slot)
             adapted |= self.rule.adapts_at(slot.state["step"], slot.options)
+        if probing:
+            self.rule.judge(slots, shared, shared_options, value, probe() if after is None else after)
         if self.track_rates and adapted:
             self._record()
+        self._remember_random_state()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as for any torch optimizer; the dropout masks of a probe are those drawn from here on."""
+        super().zero_grad(set_to_none)
+        self._remember_random_state()
+
+    def _remember_random_state(self) -> None:
+        if self.rule.probes:
+            self._random_state = RandomState(p.device for p, _ in self._members())
+
+    def _probed(self, evaluate: Callable[[], Loss], *, with_grad: bool) -> Tensor:
+        """The batch's loss at the weights as they are."""
+        with leaving_no_trace([p for p, _ in self._members()], self._random_state), torch.set_grad_enabled(with_grad):
+            return cast(Tensor, self._loss_value(evaluate()))
+
+    def _elsewhere(self, slots: Sequence[Slot], ahead: Sequence[Tensor | None], probe: Callable[[], Tensor]) -> Tensor:
+        """The batch's loss with every weight moved by what is subtracted from it; they are put back exactly."""
+        before = [slot.parameter.clone() for slot in slots]
+        for slot, displacement in zip(slots, ahead, strict=True):
+            if displacement is not None:
+                slot.parameter.copy_(slot.weight - displacement)
+        try:
+            return probe()
+        finally:
+            for slot, weight in zip(slots, before, strict=True):
+                slot.parameter.copy_(weight)
+
+    def _clock(self) -> int:
+        """Steps that a global rule has seen."""
+        return self.state.get(self.param_groups[0]["params"][0], {}).get("clock", 0)
 
     def _loss_value(self, loss: Loss | None) -> Tensor | None:
         """The loss as the rule gets it: float64, one for each model."""
@@ -168,7 +226,7 @@ class SelfTuning(Optimizer):
         if group["maximize"]:
             grad = -grad
         grad = self.direction.couple(grad, weight, options)
-        slot = Slot(p, weight, grad, state, options, self.space, index, shared, update=grad)
+        slot = Slot(p, weight, grad, state, options, self.space, index, shared, self.direction, update=grad)
         slot.update = self.direction.propose(slot)
         return slot
 
@@ -231,7 +289,7 @@ class SelfTuning(Optimizer):
 
     def _names_for_all(self, group: dict[str, Any]) -> set[str]:
         """What may stand in the first parameter's state beside its own."""
-        return {"lr_history", "lr_counter"} | {state.name for state in self.rule.declare_shared(group)}
+        return {"lr_history", "lr_counter", "clock"} | {state.name for state in self.rule.declare_shared(group)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, in the declared dtypes and on the parameters' devices; shares no tensor.
@@ -288,7 +346,7 @@ class SelfTuning(Optimizer):
 
     def _restored(self, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         dtypes = {declared.name: declared.dtype or working_dtype(p) for declared in self._declared(p, group)}
-        dtypes.update(dict.fromkeys(self._names_for_all(group) - {"lr_counter"}, torch.float64))
+        dtypes.update(dict.fromkeys(self._names_for_all(group) - {"lr_counter", "clock"}, torch.float64))
         return {
             name: value.detach().to(p.device, dtypes[name], copy=True) if name in dtypes else int(value)
             for name, value in saved.items()
@@ -336,17 +394,23 @@ class SelfTuning(Optimizer):
             "track_rates": self.track_rates,
         }
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._remember_random_state()
+
     # ------------------------------------------------------------------------------------------------- the rates
 
     def _effective_rates(self) -> list[Tensor]:
         """For each parameter (after the first step: each that has had a gradient) lr times rate, of its shape."""
+        shared = self._shared() if self._clock() else {}
         begun = any("step" in self.state[p] for p, _ in self._members() if p in self.state)
         rates = []
         for p, group in self._members():
             state = self.state.get(p, {})
             if ("step" in state) if begun else p.requires_grad:
                 options = self.space.options(group, p)
-                rate = options["lr"] * self.rule.current(state, options)
+                kept = {name: self.space.spread(value.to(p.device), p) for name, value in shared.items()}
+                rate = options["lr"] * self.rule.current({**state, **kept}, options)
                 rates.append(torch.as_tensor(rate, dtype=working_dtype(p), device=p.device).expand(p.shape))
         return rates
 

@@ -54,13 +54,23 @@ class Direction(Part):
 
     def shrink(self, update: Tensor, weight: Tensor, options: Mapping[str, Any]) -> Tensor:
         """The update with decoupled weight decay."""
-        if decays(options["weight_decay"]) and options["decoupled_weight_decay"]:
-            return update + options["weight_decay"] * weight
-        return update
+        return update + options["weight_decay"] * weight if self.shrinks(options) else update
+
+    def shrinks(self, options: Mapping[str, Any]) -> bool:
+        """Whether there is decoupled weight decay."""
+        return decays(options["weight_decay"]) and options["decoupled_weight_decay"]
 
     def propose(self, slot: Slot) -> Tensor:
         """The update ``u`` for one parameter; stores the direction's own state."""
         raise NotImplementedError
+
+    def raw(self, slot: Slot) -> Tensor:
+        """The update without its momentum, after :meth:`propose`: of one step's gradient alone."""
+        return slot.update
+
+    def gain(self, options: Mapping[str, Any]) -> Number:
+        """How many times :meth:`raw` the update grows to under a constant gradient."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,12 @@ class Momentum(Direction):
         fresh = slot.grad * (1 - dampening) if isinstance(dampening, Tensor) or dampening else slot.grad
         return buffer.mul_(o["momentum"]).add_(fresh)
 
+    def raw(self, slot: Slot) -> Tensor:
+        return slot.grad
+
+    def gain(self, options: Mapping[str, Any]) -> Number:
+        return (1 - options["dampening"]) / (1 - options["momentum"])
+
 
 @dataclass(frozen=True)
 class Nesterov(Direction):
@@ -122,6 +138,12 @@ class Nesterov(Direction):
         momentum = slot.options["momentum"]
         buffer = slot.state["momentum_buffer"].mul_(momentum).add_(slot.grad)
         return slot.grad + momentum * buffer
+
+    def raw(self, slot: Slot) -> Tensor:
+        return slot.grad
+
+    def gain(self, options: Mapping[str, Any]) -> Number:
+        return 1 / (1 - options["momentum"])
 
 
 def second_moment_(v: Tensor, g: Tensor, beta: Number) -> Tensor:
@@ -167,6 +189,11 @@ class Adam(Direction):
             largest = state["max_exp_avg_sq"]
             v = torch.maximum(largest, v, out=largest)
         return adam_ratio(m, v, beta1, beta2, step, o["eps"])
+
+    def raw(self, slot: Slot) -> Tensor:
+        o, state = slot.options, slot.state
+        v = state["max_exp_avg_sq"] if o["amsgrad"] else state["exp_avg_sq"]
+        return adam_ratio(slot.grad, v, 0.0, o["betas"][1], state["step"], o["eps"])
 
 
 @dataclass(frozen=True)

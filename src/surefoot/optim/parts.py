@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from surefoot.optim.space import Space
+
+if TYPE_CHECKING:
+    from surefoot.optim.directions import Direction
 
 Number = float | Tensor
 """A hyper-parameter: a number, or in a stack of K models a tensor with one for each, shape ``[K]``."""
@@ -48,6 +51,7 @@ class Slot:
     """The parameter's position among all of the optimizer's."""
     shared: dict[str, Tensor]
     """What the rule keeps for all parameters together, one number for each model, in float64."""
+    direction: Direction
     update: Tensor
     """What the direction proposes; the weight goes against it."""
 

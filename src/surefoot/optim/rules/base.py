@@ -20,6 +20,8 @@ class Rule(Part):
     :meth:`declare_shared` and is shown every slot in :meth:`measure` before anything moves.
     """
 
+    probes: ClassVar[bool] = False
+    """Whether it ever asks for the batch's loss at other weights."""
     needs_loss: ClassVar[bool] = False
     """Whether a step without a loss is refused."""
 
@@ -27,11 +29,32 @@ class Rule(Part):
         """The state for all parameters together: one number for each model, float64. None: the rule is not global."""
         return ()
 
-    def measure(self, slots: Sequence[Slot], shared: dict[str, Tensor], loss: Tensor | None) -> None:
+    def measure(
+        self, slots: Sequence[Slot], shared: dict[str, Tensor], options: Mapping[str, Any], loss: Tensor | None
+    ) -> None:
         """Before anything moves, with every parameter's update at hand: adapt the ``shared`` state in place.
 
-        ``loss`` is the step's loss, one number for each model in float64, or ``None`` if the caller gave none.
+        ``options`` are the first group's, a number for each model being a tensor ``[K]`` as in ``shared``. ``loss`` is
+        the step's loss, one number for each model in float64, or ``None`` if the caller gave none.
         """
+
+    def probes_at(self, clock: int, options: Mapping[str, Any]) -> bool:
+        """Whether step number ``clock`` needs the batch's loss at other weights too."""
+        return False
+
+    def ahead(self, slot: Slot) -> Tensor | None:
+        """Where to probe: what to subtract from the weight as it is. ``None``: where the step itself goes."""
+        return None
+
+    def judge(
+        self,
+        slots: Sequence[Slot],
+        shared: dict[str, Tensor],
+        options: Mapping[str, Any],
+        before: Tensor,
+        after: Tensor,
+    ) -> None:
+        """After a probe: adapt the ``shared`` state by the batch's loss before and after, as ``loss`` above."""
 
     def choose(self, slot: Slot) -> Number:
         """The rate of this step, from what is known before the weight moves; stores the rule's own state."""
