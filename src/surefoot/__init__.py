@@ -10,16 +10,28 @@ from typing import TYPE_CHECKING
 from surefoot._version import __version__
 
 if TYPE_CHECKING:
-    from surefoot.optim import AdamUpd, CoRe, DropoutRprop, Rates, SelfTuning, SGDUpd, SRprop
+    from surefoot.optim import (
+        AdamUpd,
+        CoRe,
+        DropoutRprop,
+        HyperReg,
+        Rates,
+        SelfTuning,
+        SGDUpd,
+        SRprop,
+        WNGrad,
+    )
 
 __all__ = [
     "AdamUpd",
     "CoRe",
     "DropoutRprop",
+    "HyperReg",
     "Rates",
     "SGDUpd",
     "SRprop",
     "SelfTuning",
+    "WNGrad",
     "__version__",
 ]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from surefoot import AdamUpd, CoRe, DropoutRprop, SelfTuning, SGDUpd, SRprop
+from surefoot import AdamUpd, CoRe, DropoutRprop, HyperReg, SelfTuning, SGDUpd, SRprop, WNGrad
 from surefoot.lab.catalogue import CATALOGUE, build, resolve
 from surefoot.lab.errors import UserError
 from surefoot.lab.plan import parse_optimizers
@@ -15,6 +15,9 @@ from surefoot.optim import directions, rules
 RATES = (1e-5, 1e-2, 10.0)
 NEED_ANOTHER = {"nesterov", "frozen"}
 """Settings that are refused without another one: a momentum, a history of scores."""
+
+WORDS = {"undo": "none", "scope": "tensor", "after_warmup": "reset", "direction": "momentum", "first": "step"}
+"""Another value of every setting that is a word."""
 
 
 def settings_of(text):
@@ -69,6 +72,10 @@ class TestMethods:
             ("adam-upd[window=4,etas=0.7:1.1]", lambda p: AdamUpd(p, initial_rate=0.01, window=4, etas=(0.7, 1.1))),
             ("core", lambda p: CoRe(p, initial_rate=0.01)),
             ("dropout-rprop", lambda p: DropoutRprop(p, initial_rate=0.01)),
+            ("hyperreg-rkl1", lambda p: HyperReg(p, initial_rate=0.01)),
+            ("hyperreg-h2[scope=tensor,direction=adam]", lambda p: HyperReg(p, divergence="hellinger", algorithm=2, initial_rate=0.01, scope="tensor", direction="adam")),
+            ("hyperreg-x3[growth=inf,longest_step=inf]", lambda p: HyperReg(p, divergence="chi2", algorithm=3, initial_rate=0.01, growth=None, longest_step=None)),
+            ("wngrad[first=step]", lambda p: WNGrad(p, initial_rate=0.01, first="step")),
             ("momentum-window[window=4]", lambda p: SelfTuning(p, directions.Momentum(), rules.Window(0.01, window=4))),
             ("nesterov-window[window=4]", lambda p: SelfTuning(p, directions.Nesterov(), rules.Window(0.01, window=4))),
         ],
@@ -105,7 +112,7 @@ class TestEvery:
         settings = CATALOGUE[name].settings
         plain = by_name(name)([torch.zeros(3)])
         for setting, default in settings.items():
-            changed = {**settings, setting: another(default)}
+            changed = {**settings, setting: WORDS[setting] if isinstance(default, str) else another(default)}
             if setting in NEED_ANOTHER:
                 with pytest.raises(ValueError, match=setting):
                     build([torch.zeros(3)], name, changed, 0.01)
@@ -122,8 +129,6 @@ def another(default):
     """A value of the same type."""
     if isinstance(default, bool):
         return not default
-    if isinstance(default, str):
-        return "none"
     if isinstance(default, tuple):
         return (*default[:-1], default[-1] * 1.25) if default[-1] > 1 else (default[0] / 2, *default[1:])
     return default + 1 if isinstance(default, int) else default / 2 + 0.01

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from surefoot import AdamUpd, CoRe, DropoutRprop, SelfTuning, SGDUpd, SRprop
+from surefoot import AdamUpd, CoRe, DropoutRprop, HyperReg, SelfTuning, SGDUpd, SRprop, WNGrad
 from surefoot.optim import directions, rules
 
 
@@ -37,6 +37,16 @@ def cell(name: str, direction: Any, rule: Any, **record: Any) -> Record:
     return Record(name, make, **record)
 
 
+def hyperreg(name: str, divergence: str, algorithm: int, options: Mapping[str, Any], **record: Any) -> Record:
+    """One of the divergences' 15 rules, with options of its own."""
+    own = {"divergence": divergence, "algorithm": algorithm, "initial_rate": 0.3, **options}
+    return Record(name, lambda p, lr=1.0, **o: HyperReg(p, lr, **{**own, **o}), **record)
+
+
+ONE_RATE = dict.fromkeys(
+    ("late_gradient", "per_group_lr"),
+    "one rate for all parameters: a parameter on its own, or half of them, would have another",
+)
 WINDOW = {"window": 4, "initial_rate": 1e-2}
 RATES = (1e-2, 3e-3, 3e-2)
 
@@ -101,6 +111,70 @@ RECORDS = [
             "late_gradient": "masks depend on a parameter's position, which is another in an optimizer of its own",
             "per_group_lr": "the same",
         },
+    ),
+    hyperreg("hyperreg", "rkl", 1, {}, per_model={"initial_rate": (0.3, 0.03, 30.0)}),
+    hyperreg(
+        "hyperreg-kl1-published",
+        "kl",
+        1,
+        {"longest_step": None, "weight_decay": 0.01},
+        per_model={"growth": (2.0, 1.0, 1.1), "weight_decay": (0.01, 0.0, 0.1)},
+    ),
+    hyperreg(
+        "hyperreg-hellinger2-warmup",
+        "hellinger",
+        2,
+        {"warmup_steps": 4, "warmup_rate": 0.1, "longest_step": None},
+        per_model={"warmup_rate": (0.1, 0.2, 0.01), "radius": (1.0, 0.3, 3.0)},
+    ),
+    hyperreg(
+        "hyperreg-neyman3-tensor",
+        "neyman",
+        3,
+        {"scope": "tensor", "longest_step": 0.5, "radius": 0.5},
+        per_model={"initial_rate": (0.3, 0.03, 30.0), "longest_step": (0.5, 0.1, 2.0)},
+    ),
+    hyperreg(
+        "hyperreg-rkl2-tensor-reset",
+        "rkl",
+        2,
+        {"scope": "tensor", "warmup_steps": 3, "warmup_rate": 0.2, "after_warmup": "reset"},
+        per_model={"warmup_rate": (0.2, 0.1, 0.3)},
+    ),
+    hyperreg(
+        "hyperreg-chi2-3-global",
+        "chi2",
+        3,
+        {"scope": "global", "growth": None, "longest_step": 1.0, "warmup_steps": 3, "warmup_rate": 0.1},
+        per_model={"initial_rate": (0.3, 0.03, 30.0), "warmup_rate": (0.1, 0.05, 0.2)},
+        skips=ONE_RATE,
+    ),
+    hyperreg(
+        "hyperreg-rkl1-global-momentum",
+        "rkl",
+        1,
+        {"scope": "global", "direction": "momentum", "initial_rate": 0.05},
+        per_model={"radius": (1.0, 0.3, 3.0), "momentum": (0.9, 0.0, 0.5)},
+        skips=ONE_RATE,
+    ),
+    hyperreg(
+        "hyperreg-hellinger1-adam",
+        "hellinger",
+        1,
+        {"direction": "adam", "initial_rate": 0.02},
+        per_model={"radius": (1.0, 0.3, 3.0), "betas": ((0.9, 0.8, 0.5), (0.99, 0.9, 0.999))},
+    ),
+    Record(
+        "wngrad",
+        lambda p, lr=1.0, **o: WNGrad(p, lr, **{"initial_rate": 0.3, **o}),
+        {"initial_rate": (0.3, 0.03, 3.0)},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "wngrad-step-first",
+        lambda p, lr=1.0, **o: WNGrad(p, lr, **{"initial_rate": 0.3, "first": "step", **o}),
+        {"initial_rate": (0.3, 0.03, 0.5)},
+        skips=ONE_RATE,
     ),
     cell("sgd", directions.SGD(weight_decay=0.01), rules.Constant(0.1), per_model={"rate": RATES}),
     cell(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from surefoot.lab.errors import UserError
 from surefoot.lab.runs import Scalar, Value
-from surefoot.optim import AdamUpd, CoRe, DropoutRprop, SelfTuning, SGDUpd, SRprop
+from surefoot.optim import AdamUpd, CoRe, DropoutRprop, HyperReg, SelfTuning, SGDUpd, SRprop, WNGrad
 from surefoot.optim.directions import SGD, Adam, Direction, Momentum, Nesterov
 from surefoot.optim.rules import Constant, Rule, Window
 
@@ -55,18 +55,21 @@ def _cell(
     return Entry(f"{direction.__name__} x {rule.__name__}", settings, make)
 
 
-def _named(optimizer: type[SelfTuning]) -> Entry:
-    """An optimizer with a name and a signature of its own."""
+def _named(optimizer: type[SelfTuning], **fixed: Value) -> Entry:
+    """An optimizer with a name and a signature of its own; ``fixed`` options are no settings."""
     signature = inspect.signature(optimizer).parameters
     rate_name = next(name for name in _RATE_NAMES if name in signature)
 
     def make(params: Iterable[Tensor], settings: Mapping[str, Value], rate: float) -> SelfTuning:
-        return cast(Callable[..., SelfTuning], optimizer)(params, **settings, **{rate_name: rate})
+        return cast(Callable[..., SelfTuning], optimizer)(params, **settings, **fixed, **{rate_name: rate})
 
-    settings = {name: p.default for name, p in signature.items() if name not in _NOT_SETTINGS}
+    settings = {name: p.default for name, p in signature.items() if name not in {*_NOT_SETTINGS, *fixed}}
     summary = (inspect.getdoc(optimizer) or "").partition("\n")[0].split(". ")[0].rstrip(".")
-    return Entry(summary, settings, make)
+    return Entry(", ".join([summary, *(f"{name} {value}" for name, value in fixed.items())]), settings, make)
 
+
+_DIVERGENCES = {"kl": "kl", "rkl": "rkl", "h": "hellinger", "x": "chi2", "n": "neyman"}
+"""As the papers abbreviate them; x is chi."""
 
 CATALOGUE: Mapping[str, Entry] = {
     "sgd": _cell(SGD, Constant),
@@ -86,6 +89,12 @@ CATALOGUE: Mapping[str, Entry] = {
     "nesterov-window": _cell(Nesterov, Window),
     "core": _named(CoRe),
     "dropout-rprop": _named(DropoutRprop),
+    **{
+        f"hyperreg-{short}{algorithm}": _named(HyperReg, divergence=divergence, algorithm=algorithm)
+        for short, divergence in _DIVERGENCES.items()
+        for algorithm in (1, 2, 3)
+    },
+    "wngrad": _named(WNGrad),
 }
 """Every optimizer that a comparison can name."""
 

@@ -2,16 +2,18 @@
 
 from surefoot.optim import directions, rules
 from surefoot.optim.core import Rates, SelfTuning
-from surefoot.optim.named import AdamUpd, CoRe, DropoutRprop, SGDUpd, SRprop
+from surefoot.optim.named import AdamUpd, CoRe, DropoutRprop, HyperReg, SGDUpd, SRprop, WNGrad
 
 __all__ = [
     "AdamUpd",
     "CoRe",
     "DropoutRprop",
+    "HyperReg",
     "Rates",
     "SGDUpd",
     "SRprop",
     "SelfTuning",
+    "WNGrad",
     "directions",
     "rules",
 ]

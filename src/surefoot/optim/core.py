@@ -266,8 +266,9 @@ class SelfTuning(Optimizer):
         state = self.state[p]
         for declared in self._declared(p, group):
             dtype = declared.dtype or working_dtype(p)
-            init = p if declared.init is WEIGHT else self.space.spread(declared.init, p)
-            tensor = torch.empty_like(p, dtype=dtype, requires_grad=False)
+            like = torch.empty(self.space.shape, device=p.device) if declared.per_model else p
+            tensor = torch.empty_like(like, dtype=dtype, requires_grad=False)
+            init = p if declared.init is WEIGHT else self.space.spread(declared.init, tensor)
             state[declared.name] = tensor.copy_(init) if isinstance(init, Tensor) else tensor.fill_(init)
         state["step"] = 0
 
@@ -332,13 +333,14 @@ class SelfTuning(Optimizer):
             group = {**self.defaults, **groups[index]}
             if "step" not in saved:
                 continue
-            expected = {declared.name for declared in self._declared(p, group)} | {"step"}
+            declared = {state.name: state for state in self._declared(p, group)}
+            expected = declared.keys() | {"step"}
             present = set(saved) - self._names_for_all(group)
             if present != expected:
                 odd = ", ".join(sorted(present ^ expected))
                 raise ValueError(f"the loaded state is not this optimizer's: it differs in {odd}.")
-            for name in sorted(expected - {"step"}):
-                if saved[name].shape != p.shape:
+            for name in sorted(declared):
+                if saved[name].shape != (self.space.shape if declared[name].per_model else p.shape):
                     raise ValueError(
                         f"the loaded state does not fit: {name} of parameter {index} has shape "
                         f"{tuple(saved[name].shape)}, the parameter {tuple(p.shape)}."
@@ -375,6 +377,10 @@ class SelfTuning(Optimizer):
         for part in (self.direction, self.rule):
             replace(part, **{name: group[name] for name in part.options()})
         require("lr", group["lr"], "at least 0", lambda v: v >= 0)
+        if self.rule.declare_shared(self.defaults) or self.rule.declare_shared(group):
+            for name in self.rule.options():
+                if not same_value(group[name], self.defaults[name]):
+                    raise ValueError(f"{name} is one for all groups of this optimizer; what a group may have is its own lr.")
         for p in group["params"]:
             if p.is_complex():
                 raise ValueError("complex parameters are not supported; optimize torch.view_as_real of them.")
@@ -410,7 +416,8 @@ class SelfTuning(Optimizer):
             if ("step" in state) if begun else p.requires_grad:
                 options = self.space.options(group, p)
                 kept = {name: self.space.spread(value.to(p.device), p) for name, value in shared.items()}
-                rate = options["lr"] * self.rule.current({**state, **kept}, options)
+                current = self.rule.current({**state, **kept}, options)
+                rate = options["lr"] * self.space.spread(current, p, torch.float64)
                 rates.append(torch.as_tensor(rate, dtype=working_dtype(p), device=p.device).expand(p.shape))
         return rates
 
@@ -470,6 +477,13 @@ class SelfTuning(Optimizer):
     def lr_counter(self) -> int:
         """How many entries ``lr_mean`` has: one more than the number of windows that have ended."""
         return self.state.get(self.param_groups[0]["params"][0], {}).get("lr_counter", 0)
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two values of an option are equal."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b or torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    return a == b
 
 
 def write_back_(weight: Tensor, update: Tensor, lr: Number, rate: Number) -> None:

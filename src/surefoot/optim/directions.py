@@ -196,6 +196,21 @@ class Adam(Direction):
         return adam_ratio(slot.grad, v, 0.0, o["betas"][1], state["step"], o["eps"])
 
 
+BY_NAME: Mapping[str, type[Direction]] = {
+    "sgd": SGD,
+    "momentum": Momentum,
+    "nesterov": Nesterov,
+    "adam": Adam,
+    "sign": Sign,
+}
+
+
+def by_name(name: str, **options: Any) -> Direction:
+    """The direction called "sgd", "momentum", "nesterov", "adam" or "sign", with these options."""
+    require("direction", name, f"one of {', '.join(BY_NAME)}", lambda v: v in BY_NAME)
+    return BY_NAME[name](**options)
+
+
 @dataclass(frozen=True)
 class AnnealedAdam(Direction):
     """CoRe's direction: Adam whose first beta moves from a to b (Eckhoff & Reiher, CoRe optimizer 1.1).

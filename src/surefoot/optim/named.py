@@ -9,8 +9,9 @@ from __future__ import annotations
 from torch.optim.optimizer import ParamsT
 
 from surefoot.optim.core import SelfTuning
-from surefoot.optim.directions import SGD, Adam, AnnealedAdam, Direction, Momentum, Nesterov, Sign
-from surefoot.optim.parts import Number
+from surefoot.optim.directions import SGD, Adam, AnnealedAdam, Direction, Momentum, Nesterov, Sign, by_name
+from surefoot.optim.parts import Number, require
+from surefoot.optim.rules.divergence import Divergence
 from surefoot.optim.rules.rprop import CoReRates, Rprop
 from surefoot.optim.rules.window import Window
 
@@ -246,6 +247,128 @@ class DropoutRprop(SelfTuning):
             params,
             Sign(),
             Rprop(initial_rate, etas, step_sizes, dropout, seed),
+            lr,
+            maximize=maximize,
+            track_rates=track_rates,
+            models=models,
+        )
+
+
+class HyperReg(SelfTuning):
+    r"""Hyper-regularization (arXiv 2104.05447): the rate from a maxmin problem. sgd x divergence.
+
+    Every step :math:`w \leftarrow w - g / \beta`; :math:`\beta` starts at ``1 / initial_rate`` and only grows, by the
+    solution of :math:`\max_\beta \min_x\; g (x - w) + \frac12 [\beta (x - w)^2 - \beta_t\, \phi(\beta / \beta_t)]`, one
+    problem for each weight. For "rkl" and algorithm 1
+    :math:`\beta \leftarrow (\beta + \sqrt{\beta^2 + 4 g^2}) / 2`, at most :math:`2 \beta`. All 15 rules, and what of them is
+    sourced and what reconstructed: :mod:`surefoot.optim.rules.divergence`.
+
+    An ``initial_rate`` that is too small is never recovered from. One that is too large does no harm as long as there is
+    a ``longest_step``; ``longest_step=None`` is the published rule.
+
+    Args:
+        params: parameters or groups.
+        lr: multiplies every rate; beta does not see it.
+        divergence: "kl", "rkl", "hellinger", "chi2" or "neyman".
+        algorithm: 1 exact; 2 approximate; 3 approximate, and a step behind.
+        initial_rate: :math:`1 / \beta` at the start.
+        scope: a rate for each "weight", for each "tensor", or one, "global".
+        growth: largest :math:`\beta_{t+1} / \beta_t`; ``None`` for no limit (algorithm 1, and "chi2").
+        radius: the displacement that counts as large: 1 in the paper.
+        longest_step: no weight (tensor, ...) moves further in one step, times lr; the remedy for large initial rates.
+        warmup_steps, warmup_rate: that many first steps at a fixed rate.
+        after_warmup: "hold" goes on from ``initial_rate``, "reset" from ``warmup_rate``.
+        weight_decay: coupled (L2): g + weight_decay w, which beta sees too.
+        direction: "sgd", "momentum", "nesterov", "adam" or "sign": the rule sees its update in place of g.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1.0,
+        *,
+        divergence: str = "rkl",
+        algorithm: int = 1,
+        initial_rate: Number = 1e-2,
+        scope: str = "weight",
+        growth: Number | None = 2.0,
+        radius: Number = 1.0,
+        longest_step: Number | None = 0.1,
+        warmup_steps: int = 0,
+        warmup_rate: Number = 1e-2,
+        after_warmup: str = "hold",
+        weight_decay: Number = 0.0,
+        direction: str = "sgd",
+        maximize: bool = False,
+        track_rates: bool = False,
+        models: int | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            by_name(direction, weight_decay=weight_decay, decoupled_weight_decay=False),
+            Divergence(
+                divergence,
+                algorithm,
+                initial_rate,
+                scope,
+                growth,
+                radius,
+                longest_step,
+                warmup_steps,
+                warmup_rate,
+                after_warmup,
+            ),
+            lr,
+            maximize=maximize,
+            track_rates=track_rates,
+            models=models,
+        )
+
+
+class WNGrad(SelfTuning):
+    r"""WNGrad (Wu, Ward & Bottou, arXiv 1803.02865): one rate, from the norms of all gradients so far. sgd x divergence.
+
+    :math:`b \leftarrow b + \|g\|^2 / b` and :math:`w \leftarrow w - g / b`, from b = ``1 / initial_rate``. It is
+    :class:`HyperReg` with "chi2", algorithm 2, one rate for all weights and no limits, so that is the rule it is made of.
+
+    Args:
+        params: parameters or groups.
+        lr: multiplies the rate. Other codes have a learning rate within the update of b: theirs of lr from b_0 is this
+            one with ``initial_rate`` = lr / b_0.
+        initial_rate: 1 / b at the start.
+        first: "update" counts the first gradient, so that no step is longer than 1/2 (b >= 2 |g|); "step" is the published
+            order, whose first step is plain gradient descent at ``initial_rate``. The later steps are alike.
+        weight_decay: coupled (L2): g + weight_decay w.
+        direction: as for :class:`HyperReg`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1.0,
+        *,
+        initial_rate: Number = 1.0,
+        first: str = "update",
+        weight_decay: Number = 0.0,
+        direction: str = "sgd",
+        maximize: bool = False,
+        track_rates: bool = False,
+        models: int | None = None,
+    ) -> None:
+        require("first", first, "update or step", lambda v: v in ("update", "step"))
+        super().__init__(
+            params,
+            by_name(direction, weight_decay=weight_decay, decoupled_weight_decay=False),
+            Divergence(
+                "chi2",
+                2,
+                initial_rate,
+                scope="global",
+                growth=None,
+                longest_step=None,
+                warmup_steps=int(first == "step"),
+                warmup_rate=initial_rate,
+            ),
             lr,
             maximize=maximize,
             track_rates=track_rates,

@@ -30,6 +30,8 @@ class State:
     """The initial value: a number, one for each model, or :data:`WEIGHT`."""
     dtype: torch.dtype | None = None
     """``None``: the dtype that the arithmetic is done in (the parameter's, but at least float32)."""
+    per_model: bool = False
+    """Of each parameter, but one number for each model in place of one for each weight."""
 
 
 @dataclass

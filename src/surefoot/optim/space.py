@@ -37,13 +37,27 @@ class Space:
         """Whether a parameter has the leading axis that a stack needs."""
         return self.models is None or (weight.ndim >= 1 and weight.shape[0] == self.models)
 
-    def spread(self, value: Any, weight: Tensor) -> Any:
-        """A number for each model, ``[K]``, shaped to broadcast against ``weight``; anything else unchanged."""
+    def spread(self, value: Any, weight: Tensor, dtype: torch.dtype | None = None) -> Any:
+        """A number for each model, ``[K]``, shaped to broadcast against ``weight``; anything else unchanged.
+
+        In the weight's dtype unless another is given.
+        """
         if isinstance(value, tuple):
-            return tuple(self.spread(v, weight) for v in value)
+            return tuple(self.spread(v, weight, dtype) for v in value)
         if self.models is not None and isinstance(value, Tensor) and value.shape == self.shape:
-            return value.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))
+            return value.to(dtype or weight.dtype).view(-1, *[1] * (weight.ndim - 1))
         return value
+
+    def gather(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What :meth:`options` spread, a number for each model being a tensor ``[K]`` again."""
+        if self.models is None:
+            return options
+        return {name: self._gathered(value) for name, value in options.items()}
+
+    def _gathered(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(self._gathered, value))
+        return value.reshape(self.shape) if isinstance(value, Tensor) and value.ndim else value
 
     def options(self, group: Mapping[str, Any], weight: Tensor) -> Mapping[str, Any]:
         """A group's options with every number spread over ``weight``."""
