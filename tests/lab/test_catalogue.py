@@ -13,8 +13,8 @@ from surefoot.lab.plan import parse_optimizers
 from surefoot.optim import directions, rules
 
 RATES = (1e-5, 1e-2, 10.0)
-NEED_ANOTHER = {"nesterov", "frozen"}
-"""Settings that are refused without another one: a momentum, a history of scores."""
+NEED_ANOTHER = {"nesterov", "frozen", "after_warmup"}
+"""Settings that are refused without another one: a momentum, a history of scores, a warm-up."""
 
 WORDS = {"undo": "none", "scope": "tensor", "after_warmup": "reset", "direction": "momentum", "first": "step"}
 """Another value of every setting that is a word."""

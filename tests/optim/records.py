@@ -154,15 +154,8 @@ RECORDS = [
         "rkl",
         1,
         {"scope": "global", "direction": "momentum", "initial_rate": 0.05},
-        per_model={"radius": (1.0, 0.3, 3.0), "momentum": (0.9, 0.0, 0.5)},
+        per_model={"radius": (1.0, 0.3, 3.0)},
         skips=ONE_RATE,
-    ),
-    hyperreg(
-        "hyperreg-hellinger1-adam",
-        "hellinger",
-        1,
-        {"direction": "adam", "initial_rate": 0.02},
-        per_model={"radius": (1.0, 0.3, 3.0), "betas": ((0.9, 0.8, 0.5), (0.99, 0.9, 0.999))},
     ),
     Record(
         "wngrad",
@@ -202,6 +195,12 @@ RECORDS = [
         directions.Momentum(),
         rules.Window(0.02, window=4),
         per_model={"initial_rate": RATES},
+    ),
+    cell(
+        "adam-divergence",
+        directions.Adam(),
+        rules.Divergence("hellinger", 1, 0.02),
+        per_model={"radius": (1.0, 0.3, 3.0), "betas": ((0.9, 0.8, 0.5), (0.99, 0.9, 0.999))},
     ),
     cell(
         "adam-rprop",

@@ -380,7 +380,7 @@ class SelfTuning(Optimizer):
         if self.rule.declare_shared(self.defaults) or self.rule.declare_shared(group):
             for name in self.rule.options():
                 if not same_value(group[name], self.defaults[name]):
-                    raise ValueError(f"{name} is one for all groups of this optimizer; what a group may have is its own lr.")
+                    raise ValueError(f"{name} is one for all groups here; a group may have an lr of its own.")
         for p in group["params"]:
             if p.is_complex():
                 raise ValueError("complex parameters are not supported; optimize torch.view_as_real of them.")

@@ -169,8 +169,8 @@ class Divergence(Rule):
             ``None`` (or infinity) is the published rule, which diverges where ``initial_rate`` is large. At the first
             step this is the start beta_0 = max(1 / initial_rate, |u| / longest_step); later it is a guard for
             weights whose first gradients are small. In the scopes "tensor" and "global" 1 is a better value than 0.1.
-        warmup_steps: that many steps are made with ``warmup_rate``, above 0, while beta stays as it is.
-        after_warmup: "hold" goes on from ``initial_rate``, "reset" from ``warmup_rate``.
+        warmup_steps: that many steps are made with ``warmup_rate``, above 0, of any length, while beta stays as it is.
+        after_warmup: "hold" goes on from ``initial_rate``; "reset" from ``warmup_rate``, so ``initial_rate`` is not used.
 
     State besides the direction's: beta in float64 (8 bytes for each weight; for each tensor; or 24 bytes for all), since
     float32 would lose all growth where |u| / beta is below 2e-4.
@@ -215,11 +215,12 @@ class Divergence(Rule):
             f"one of {', '.join(AFTER_WARMUP)}",
             lambda v: v in AFTER_WARMUP,
         )
+        if self.after_warmup == "reset" and not self.warmup_steps:
+            raise ValueError("after_warmup='reset' needs warmup_steps above 0.")
 
     def _start(self, options: Mapping[str, Any]) -> Number:
         """1 / beta_0."""
-        resets = options["warmup_steps"] and options["after_warmup"] == "reset"
-        return options["warmup_rate"] if resets else options["initial_rate"]
+        return options["warmup_rate" if options["after_warmup"] == "reset" else "initial_rate"]
 
     def declare(self, options: Mapping[str, Any]) -> tuple[State, ...]:
         if options["scope"] == "global":
@@ -233,7 +234,11 @@ class Divergence(Rule):
         return (State("beta", 1 / self._start(options)), State("rate"), State("age"))
 
     def measure(
-        self, slots: Sequence[Slot], shared: dict[str, Tensor], options: Mapping[str, Any], loss: Tensor | None
+        self,
+        slots: Sequence[Slot],
+        shared: dict[str, Tensor],
+        options: Mapping[str, Any],
+        loss: Tensor | None,
     ) -> None:
         updates = [slot.update for slot in slots]
         size = slots[0].space.dot(updates, updates).sqrt()
@@ -272,6 +277,4 @@ class Divergence(Rule):
 
 def _adapt(beta: Tensor, size: Tensor, o: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """:func:`adapt` with a group's options."""
-    return adapt(
-        beta, size, o["divergence"], o["algorithm"], o["growth"], o["radius"], o["longest_step"]
-    )
+    return adapt(beta, size, o["divergence"], o["algorithm"], o["growth"], o["radius"], o["longest_step"])
