@@ -225,7 +225,7 @@ class SelfTuning(Optimizer):
             if present != expected:
                 odd = ", ".join(sorted(present ^ expected))
                 raise ValueError(f"the loaded state is not this optimizer's: it differs in {odd}.")
-            for name in expected - {"step"}:
+            for name in sorted(expected - {"step"}):
                 if saved[name].shape != p.shape:
                     raise ValueError(
                         f"the loaded state does not fit: {name} of parameter {index} has shape "
