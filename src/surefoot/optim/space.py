@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surefoot.optim.precision import working_dtype
+
 
 @dataclass(frozen=True)
 class Space:
@@ -38,11 +40,14 @@ class Space:
         return self.models is None or (weight.ndim >= 1 and weight.shape[0] == self.models)
 
     def spread(self, value: Any, weight: Tensor) -> Any:
-        """A number for each model, ``[K]``, shaped to broadcast against ``weight``; anything else unchanged."""
+        """A number for each model, ``[K]``, shaped to broadcast against ``weight``; anything else unchanged.
+
+        It comes on the weight's device and in the dtype that arithmetic on the weight is done in.
+        """
         if isinstance(value, tuple):
             return tuple(self.spread(v, weight) for v in value)
         if self.models is not None and isinstance(value, Tensor) and value.shape == self.shape:
-            return value.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))
+            return value.to(weight.device, working_dtype(weight)).view(-1, *[1] * (weight.ndim - 1))
         return value
 
     def options(self, group: Mapping[str, Any], weight: Tensor) -> Mapping[str, Any]:
@@ -67,7 +72,8 @@ class Space:
         """Mean and unbiased standard deviation (n - 1) of all entries of all tensors; 0 for a single entry."""
         count = sum(t.numel() for t in tensors) // (self.models or 1)
         mean = self.sum(tensors) / max(count, 1)
-        doubles = [t.double() for t in tensors]
-        deviations = [t - self.spread(mean.to(t.device), t) for t in doubles]
-        variance = self.dot(deviations, deviations) / max(count - 1, 1)
+        doubles = (t.double() for t in tensors)  # one at a time: they are twice as large
+        variance = self.sum((t - self.spread(mean.to(t.device), t)).square() for t in doubles) / max(
+            count - 1, 1
+        )
         return mean, variance.sqrt()

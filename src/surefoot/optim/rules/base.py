@@ -16,7 +16,10 @@ class Rule(Part):
     """How far to go along a direction."""
 
     def choose(self, slot: Slot) -> Number:
-        """The rate of this step, from what is known before the weight moves; stores the rule's own state."""
+        """The rate of this step, from what is known before the weight moves; stores the rule's own state.
+
+        Here or in :meth:`settle`, ``slot.adapted`` is set in a step that may change later rates.
+        """
         raise NotImplementedError
 
     def settle(self, slot: Slot) -> Tensor | None:
@@ -26,7 +29,3 @@ class Rule(Part):
     def current(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> Number:
         """The rate as it stands, for reading only; ``state`` is empty before a parameter's first step."""
         raise NotImplementedError
-
-    def adapts_at(self, step: int, options: Mapping[str, Any]) -> bool:
-        """Whether a parameter's rates may have changed in its step number ``step``."""
-        return False
