@@ -37,6 +37,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "optim":
+        return import_module("surefoot.optim")
     if name in __all__:
         return getattr(import_module("surefoot.optim"), name)
     raise AttributeError(f"module 'surefoot' has no attribute {name!r}")

@@ -8,6 +8,8 @@ p <- p - lr * r * u
 from __future__ import annotations
 
 import difflib
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,19 +20,24 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from surefoot.optim.directions import Direction
-from surefoot.optim.parts import WEIGHT, Number, Slot, State, require
+from surefoot.optim.parts import WEIGHT, Number, Slot, State, all_of, require, require_whole
 from surefoot.optim.precision import is_short, narrow_, widen, working_dtype
 from surefoot.optim.probe import RandomState, leaving_no_trace
 from surefoot.optim.rules.base import Rule
+from surefoot.optim.rules.constant import Constant
 from surefoot.optim.space import Space
 
 Loss = float | Tensor
 
 _FOREIGN_OPTIONS = frozenset(
-    {"params", "param_names", "name", "differentiable"}
+    {"params", "param_names", "name"}
     # written into groups by torch's schedulers
     | {"initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"}
 )
+
+
+_HISTORY = {"lr_history": torch.float64, "lr_counter": int}
+"""What ``track_rates`` keeps beside the first parameter's own state."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Rates:
     min: float
     max: float
     histogram: tuple[int, ...]
-    """Number of weights in each bin; the bins are even in log10 of the rate."""
+    """Number of weights in each bin; the bins are even in log10 of the rate. Rates of 0 are in none."""
     edges: tuple[float, ...]
     """The bins' edges, one more than there are bins."""
 
@@ -87,6 +94,14 @@ class SelfTuning(Optimizer):
         track_rates: bool = False,
         models: int | None = None,
     ) -> None:
+        if not isinstance(direction, Direction):
+            raise TypeError(
+                f"direction must be one of surefoot.optim.directions, such as Adam(), not {direction!r}."
+            )
+        if not isinstance(rule, Rule):
+            raise TypeError(
+                f"rule must be one of surefoot.optim.rules, such as Constant(1e-3), not {rule!r}."
+            )
         self.direction = direction
         self.rule = rule
         self.space = Space(models)
@@ -94,7 +109,15 @@ class SelfTuning(Optimizer):
         shared = direction.options().keys() & rule.options().keys()
         if shared:
             raise ValueError(f"direction and rule both have an option named {sorted(shared)[0]!r}.")
-        super().__init__(params, {"lr": lr, **direction.options(), **rule.options(), "maximize": maximize})
+        if not isinstance(rule, Constant) and isinstance(lr, (int, float)) and 0 < lr < 0.1:
+            warnings.warn(
+                f"lr={lr:g} multiplies the rates that {type(rule).__name__} finds by itself; it is not the initial rate, "
+                "which has an option of its own. Leave lr at 1 and let a scheduler lower it.",
+                stacklevel=2 if type(self) is SelfTuning else 3,
+            )
+        cell = f"{type(direction).__name__} x {type(rule).__name__}"
+        options = {**direction.options(), **rule.options(), "maximize": maximize}
+        super().__init__(params, {"lr": lr, **options, "cell": cell})
         self._remember_random_state()
 
     # ------------------------------------------------------------------------------------------------- the step
@@ -104,7 +127,9 @@ class SelfTuning(Optimizer):
     @overload
     def step(self, closure: Callable[[], float], *, loss: None = None, evaluate: None = None) -> float: ...
     @overload
-    def step(self, closure: None = None, *, loss: Loss, evaluate: Callable[[], Loss] | None = None) -> Loss: ...
+    def step(
+        self, closure: None = None, *, loss: Loss, evaluate: Callable[[], Loss] | None = None
+    ) -> Loss: ...
 
     @torch.no_grad()
     def step(
@@ -147,27 +172,34 @@ class SelfTuning(Optimizer):
         clock = self._clock() + 1
         probing = bool(moving) and self.rule.probes_at(clock, shared_options)
         if probing and closure is None and evaluate is None:
-            raise ValueError("this rule probes the loss: call step(loss=loss, evaluate=...), or step(closure).")
+            raise ValueError(
+                "this rule probes the loss: call step(loss=loss, evaluate=...), or step(closure)."
+            )
         for _, p, group in moving:
             if "step" not in self.state[p]:
                 self._begin(p, group)
-        if self.track_rates and moving and not self.lr_counter:
+            elif is_short(p) and "compensation" not in self.state[p]:  # the model has become a 16-bit one
+                self.state[p]["compensation"] = torch.zeros_like(p, dtype=torch.float32)
+        if self.track_rates and moving and not self._recorded():
             self._record()
         shared = self._shared()
         slots: Iterable[Slot] = (self._propose(index, p, group, shared) for index, p, group in moving)
-        if shared and moving:  # a global rule has to see them all; otherwise one update at a time is in memory
+        if (
+            shared and moving
+        ):  # a global rule has to see them all; otherwise one update at a time is in memory
             self._keeper()["clock"] = clock
             slots = list(slots)
             self.rule.measure(slots, shared, shared_options, value)
-        adapted = False
         if probing:
             slots = list(slots)
             probe = partial(self._probed, closure or evaluate, with_grad=closure is not None)
             ahead = [self.rule.ahead(slot) for slot in slots]
             after = None if all(point is None for point in ahead) else self._elsewhere(slots, ahead, probe)
+        latest, adapted = 0, False  # of the parameter that has made most steps: its clock is the history's
         for slot in slots:
             self._apply(slot)
-            adapted |= self.rule.adapts_at(slot.state["step"], slot.options)
+            if slot.state["step"] > latest:
+                latest, adapted = slot.state["step"], slot.adapted
         if probing:
             self.rule.judge(slots, shared, shared_options, value, probe() if after is None else after)
         if self.track_rates and adapted:
@@ -186,10 +218,15 @@ class SelfTuning(Optimizer):
 
     def _probed(self, evaluate: Callable[[], Loss], *, with_grad: bool) -> Tensor:
         """The batch's loss at the weights as they are."""
-        with leaving_no_trace([p for p, _ in self._members()], self._random_state), torch.set_grad_enabled(with_grad):
+        with (
+            leaving_no_trace([p for p, _ in self._members()], self._random_state),
+            torch.set_grad_enabled(with_grad),
+        ):
             return cast(Tensor, self._loss_value(evaluate()))
 
-    def _elsewhere(self, slots: Sequence[Slot], ahead: Sequence[Tensor | None], probe: Callable[[], Tensor]) -> Tensor:
+    def _elsewhere(
+        self, slots: Sequence[Slot], ahead: Sequence[Tensor | None], probe: Callable[[], Tensor]
+    ) -> Tensor:
         """The batch's loss with every weight moved by what is subtracted from it; they are put back exactly."""
         before = [slot.parameter.clone() for slot in slots]
         for slot, displacement in zip(slots, ahead, strict=True):
@@ -225,7 +262,7 @@ class SelfTuning(Optimizer):
         grad = cast(Tensor, p.grad).to(weight.dtype)
         if group["maximize"]:
             grad = -grad
-        grad = self.direction.couple(grad, weight, options)
+        grad = self.direction.couple(grad, weight, options).to(weight.dtype)
         slot = Slot(p, weight, grad, state, options, self.space, index, shared, self.direction, update=grad)
         slot.update = self.direction.propose(slot)
         return slot
@@ -236,15 +273,10 @@ class SelfTuning(Optimizer):
         rate = self.rule.choose(slot)
         update = self.direction.shrink(slot.update, slot.weight, slot.options)
         write_back_(slot.weight, update, slot.options["lr"], rate)
-        if is_short(p):
-            narrow_(p, state["compensation"], slot.weight)
-            slot.weight = self._value(p)
         kept = self.rule.settle(slot)
-        if kept is None:
-            return
         if is_short(p):
-            narrow_(p, state["compensation"], kept)
-        else:
+            narrow_(p, state["compensation"], slot.weight if kept is None else kept)
+        elif kept is not None:
             p.copy_(kept)
 
     def _members(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -259,12 +291,15 @@ class SelfTuning(Optimizer):
     # ------------------------------------------------------------------------------------------------- the state
 
     def _declared(self, p: Tensor, group: dict[str, Any]) -> tuple[State, ...]:
-        compensation = (State("compensation", 0.0, p.dtype),) if is_short(p) else ()
+        compensation = (State("compensation"),) if is_short(p) else ()
         return (*self.direction.declare(group), *self.rule.declare(group), *compensation)
 
     def _begin(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         for declared in self._declared(p, group):
+            if not (declared.dtype is None or isinstance(declared.dtype, torch.dtype)):
+                state[declared.name] = int(cast(float, declared.init))
+                continue
             dtype = declared.dtype or working_dtype(p)
             like = torch.empty(self.space.shape, device=p.device) if declared.per_model else p
             tensor = torch.empty_like(like, dtype=dtype, requires_grad=False)
@@ -288,9 +323,10 @@ class SelfTuning(Optimizer):
                 keeper[state.name] = start.expand(self.space.shape).clone()
         return {state.name: keeper[state.name] for state in declared}
 
-    def _names_for_all(self, group: dict[str, Any]) -> set[str]:
-        """What may stand in the first parameter's state beside its own."""
-        return {"lr_history", "lr_counter", "clock"} | {state.name for state in self.rule.declare_shared(group)}
+    def _for_all(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What may stand in the first parameter's state beside its own, and its dtype."""
+        shared = {state.name: torch.float64 for state in self.rule.declare_shared(group)}
+        return {**shared, **_HISTORY, "clock": int}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, in the declared dtypes and on the parameters' devices; shares no tensor.
@@ -298,20 +334,19 @@ class SelfTuning(Optimizer):
         Raises:
             ValueError: where the state is not what this direction and rule declare, or does not fit the parameters.
         """
-        found: dict[Any, Any] = {}
+        found: dict[Tensor, dict[str, Any]] = {}
 
         def take(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             # torch would cast every tensor to its parameter's dtype: it is given the groups alone.
-            found.update(state_dict["state"])
-            self._refuse_foreign(state_dict)
+            found.update(self._matched(state_dict))
             return {**state_dict, "state": {}}
 
         def restore(_: Optimizer) -> None:
-            for index, (p, group) in enumerate(self._members()):
+            for p, group in self._members():
                 for name, default in self.defaults.items():
                     group.setdefault(name, default)
-                if index in found:
-                    self.state[p] = self._restored(p, group, found[index])
+                if p in found:
+                    self.state[p] = self._restored(p, group, found[p])
 
         # Last of the hooks before and first of the hooks after, so that the user's own see whole states.
         before = self.register_load_state_dict_pre_hook(take)
@@ -322,73 +357,116 @@ class SelfTuning(Optimizer):
             before.remove()
             after.remove()
 
-    def _refuse_foreign(self, state_dict: dict[str, Any]) -> None:
-        """Refuse, before anything is changed, a state that was not written by this direction and rule."""
-        members = list(self._members())
-        groups = [group for group in state_dict["param_groups"] for _ in group["params"]]
-        if len(groups) != len(members):
-            return  # torch's own message says it
-        for index, saved in state_dict["state"].items():
-            p, _ = members[index]
-            group = {**self.defaults, **groups[index]}
-            if "step" not in saved:
-                continue
-            declared = {state.name: state for state in self._declared(p, group)}
-            expected = declared.keys() | {"step"}
-            present = set(saved) - self._names_for_all(group)
-            if present != expected:
-                odd = ", ".join(sorted(present ^ expected))
-                raise ValueError(f"the loaded state is not this optimizer's: it differs in {odd}.")
-            for name in sorted(declared):
-                if saved[name].shape != (self.space.shape if declared[name].per_model else p.shape):
-                    raise ValueError(
-                        f"the loaded state does not fit: {name} of parameter {index} has shape "
-                        f"{tuple(saved[name].shape)}, the parameter {tuple(p.shape)}."
-                    )
+    def _matched(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
+        """The saved state of each parameter; refused, before anything is changed, where it is not this optimizer's."""
+        groups = state_dict["param_groups"]
+        lengths = [len(group["params"]) for group in groups]
+        if lengths != [len(group["params"]) for group in self.param_groups]:
+            return {}  # torch's own message says it
+        for group in groups:
+            if group.get("cell", self.defaults["cell"]) != self.defaults["cell"]:
+                raise ValueError(
+                    f"the loaded state is that of a {group['cell']} optimizer, and this one is {self.defaults['cell']}."
+                )
+            self._check_options({**self.defaults, **group}, "the loaded state's group")
+            self._check_shared({**self.defaults, **group}, {**self.defaults, **groups[0]})
+        saved_groups = [{**self.defaults, **group} for group in groups for _ in group["params"]]
+        ids = [saved for group in groups for saved in group["params"]]
+        matched = {}
+        for saved_id, saved_group, (p, _) in zip(ids, saved_groups, self._members(), strict=True):
+            saved = state_dict["state"].get(saved_id)
+            if saved is not None:
+                self._refuse_foreign(saved_id, p, saved_group, saved)
+                matched[p] = saved
+        return matched
+
+    def _refuse_foreign(self, saved_id: Any, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
+        declared = {state.name: state for state in self._declared(p, group)}
+        present = set(saved) - self._for_all(group).keys()
+        # "compensation": weights may have been 16-bit there, or have become so here.
+        odd = (present ^ (declared.keys() | {"step"})) - {"compensation"}
+        if present and odd:
+            raise ValueError(
+                f"the loaded state is not this optimizer's: it differs in {', '.join(sorted(odd))}."
+            )
+        for name in sorted(present & declared.keys()):
+            shape = self.space.shape if declared[name].per_model else p.shape
+            if isinstance(saved[name], Tensor) and saved[name].shape != shape:
+                raise ValueError(
+                    f"the loaded state does not fit: {name} of parameter {saved_id} has shape "
+                    f"{tuple(saved[name].shape)}, the parameter {tuple(p.shape)}."
+                )
 
     def _restored(self, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         dtypes = {declared.name: declared.dtype or working_dtype(p) for declared in self._declared(p, group)}
-        dtypes.update(dict.fromkeys(self._names_for_all(group) - {"lr_counter", "clock"}, torch.float64))
+        dtypes |= {"step": int, **self._for_all(group)}
         return {
-            name: value.detach().to(p.device, dtypes[name], copy=True) if name in dtypes else int(value)
+            name: int(value) if dtypes[name] is int else value.detach().to(p.device, dtypes[name], copy=True)
             for name, value in saved.items()
+            if name in dtypes
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are checked like the constructor's, and ones that nothing reads are refused."""
-        known = self.defaults.keys() | _FOREIGN_OPTIONS
-        for name in param_group.keys() - known:
-            nearest = difflib.get_close_matches(name, sorted(known), 1)
+        self._check_options(param_group, "a parameter group")
+        for name, value in param_group.items():
+            if isinstance(value, list) and name not in ("params", "param_names"):
+                param_group[name] = tuple(value)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for p in group["params"]:
+                self._check_parameter(p)
+            self._check_options(group, "a parameter group")
+            self._check_shared(group, self.param_groups[0])
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def _check_options(self, group: dict[str, Any], where: str) -> None:
+        """Refuse options that nothing reads, and values out of range."""
+        for name in sorted(group.keys() - self.defaults.keys() - _FOREIGN_OPTIONS):
+            nearest = difflib.get_close_matches(name, sorted(self.defaults), 1)
             hint = (
                 f"did you mean {nearest[0]!r}?"
                 if nearest
                 else f"it is none of {', '.join(sorted(self.defaults))}."
             )
-            raise ValueError(f"no part of this optimizer reads the group option {name!r}: {hint}")
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self._check_group(group)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    def _check_group(self, group: dict[str, Any]) -> None:
+            raise ValueError(f"no part of this optimizer reads the option {name!r} of {where}: {hint}")
+        options = {**self.defaults, **group}
         for part in (self.direction, self.rule):
-            replace(part, **{name: group[name] for name in part.options()})
-        require("lr", group["lr"], "at least 0", lambda v: v >= 0)
-        if self.rule.declare_shared(self.defaults) or self.rule.declare_shared(group):
-            for name in self.rule.options():
-                if not same_value(group[name], self.defaults[name]):
-                    raise ValueError(f"{name} is one for all groups here; a group may have an lr of its own.")
-        for p in group["params"]:
-            if p.is_complex():
-                raise ValueError("complex parameters are not supported; optimize torch.view_as_real of them.")
-            if not self.space.admits(p):
+            replace(part, **{name: options[name] for name in part.options()})
+        declared = {state.name for state in self.direction.declare(options)}
+        for name in self.rule.needs(options):
+            if name not in declared:
                 raise ValueError(
-                    f"in a stack of {self.space.models} models every parameter has a leading axis of that length, "
-                    f"not shape {tuple(p.shape)}."
+                    f"{type(self.rule).__name__} with these options needs a direction that keeps {name}."
                 )
+        require("lr", options["lr"], "a finite number of at least 0", lambda v: all_of(v >= 0, v < math.inf))
+        require("maximize", options["maximize"], "True or False", lambda v: isinstance(v, bool))
+        for name in self.defaults:
+            for value in options[name] if isinstance(options[name], tuple) else (options[name],):
+                if isinstance(value, Tensor) and value.ndim and value.shape != self.space.shape:
+                    allowed = "0-d" if self.space.models is None else f"0-d or of shape {self.space.shape}"
+                    raise ValueError(
+                        f"{name} as a tensor must be {allowed}, not of shape {tuple(value.shape)}."
+                    )
+
+    def _check_shared(self, group: dict[str, Any], first: dict[str, Any]) -> None:
+        """Refuse options of its own in a group where the rule has one rate for all."""
+        if self.rule.declare_shared(first) or self.rule.declare_shared(group):
+            for name in self.rule.options():
+                if not same_value(group[name], first[name]):
+                    raise ValueError(f"{name} is one for all groups here; a group may have an lr of its own.")
+
+    def _check_parameter(self, p: Tensor) -> None:
+        if p.is_complex():
+            raise ValueError("complex parameters are not supported; optimize torch.view_as_real of them.")
+        if not self.space.admits(p):
+            raise ValueError(
+                f"in a stack of {self.space.models} models every parameter has a leading axis of that length, "
+                f"not shape {tuple(p.shape)}."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only defaults, state and groups: a copy would have no direction.
@@ -402,6 +480,7 @@ class SelfTuning(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch puts it there; nothing here reads it
         self._remember_random_state()
 
     # ------------------------------------------------------------------------------------------------- the rates
@@ -426,22 +505,41 @@ class SelfTuning(Optimizer):
         """The effective rates now, ``lr`` included, over all weights together. Waits for the device.
 
         Args:
-            bins: number of bins of the histogram.
+            bins: number of bins of the histogram, at least 1.
             model: in a stack, the model to look at; ``None``: all of them together.
+
+        Raises:
+            ValueError: for a model where there is no stack, or no bins.
         """
+        require_whole("bins", bins, 1)
         rates = self._effective_rates()
-        if self.space.models is not None and model is not None:
+        if model is not None:
+            if self.space.models is None:
+                raise ValueError("model is for a stack; this optimizer was made without models=.")
             rates = [rate[model] for rate in rates]
-        one = Space()
-        mean, std = one.mean_std(rates)
-        every = torch.cat([rate.reshape(-1).cpu() for rate in rates]) if rates else torch.zeros(1)
+        mean, std = (float(value) for value in Space().mean_std(rates))
+        every = torch.cat([torch.zeros(0), *(rate.reshape(-1).double().cpu() for rate in rates)])
+        if not every.numel():
+            return Rates(math.nan, math.nan, math.nan, math.nan, (), ())
         low, high = float(every.min()), float(every.max())
-        if not 0 < low < high < float("inf"):
-            return Rates(float(mean), float(std), low, high, (every.numel(),), (low, high))
-        logs = every.double().log10()
-        edges = torch.linspace(float(logs.min()), float(logs.max()), bins + 1, dtype=torch.float64)
+        logs = every[(every > 0) & (every < math.inf)].log10()
+        if not logs.numel() or logs.min() == logs.max():
+            return Rates(
+                mean,
+                std,
+                low,
+                high,
+                (logs.numel(),),
+                (float((10**logs).min()) if logs.numel() else low, high),
+            )
+        edges = torch.linspace(
+            float(logs.min()), float(logs.max()), bins + 1, dtype=torch.float64, device="cpu"
+        )
         counts = torch.bincount(torch.bucketize(logs, edges[1:-1]), minlength=bins)
-        return Rates(float(mean), float(std), low, high, tuple(counts.tolist()), tuple((10**edges).tolist()))
+        return Rates(mean, std, low, high, tuple(counts.tolist()), tuple((10**edges).tolist()))
+
+    def _recorded(self) -> int:
+        return self.state.get(self.param_groups[0]["params"][0], {}).get("lr_counter", 0)
 
     def _record(self) -> None:
         """Append mean and s.d. of the rates to the history; kept with the first parameter, on its device."""
@@ -455,16 +553,16 @@ class SelfTuning(Optimizer):
         keeper["lr_counter"] = count + 1
 
     def _history(self, column: int) -> list[Any]:
-        if not self.track_rates:
-            raise AttributeError("the rates were not tracked: make the optimizer with track_rates=True.")
-        keeper = self.state.get(self.param_groups[0]["params"][0], {})
-        return keeper["lr_history"][: keeper["lr_counter"], column].tolist() if "lr_history" in keeper else []
+        count = self.lr_counter
+        return self._keeper()["lr_history"][:count, column].tolist() if count else []
 
     @property
     def lr_mean(self) -> list[Any]:
-        """Mean effective rate over all weights: before the first step, then whenever rates adapted (a window's end).
+        """Mean effective rate over all weights: before the first step, then after each step that adapted rates.
 
-        Floats; in a stack of K models, lists of K floats. Reading it waits for the device.
+        For the window rule that is the end of each window, on the clock of the parameter that has made most steps; for
+        rules that adapt at every step, and for a constant rate (whose lr a scheduler may move), every step. Floats; in
+        a stack of K models, lists of K floats. Reading it waits for the device.
         """
         return self._history(0)
 
@@ -475,8 +573,10 @@ class SelfTuning(Optimizer):
 
     @property
     def lr_counter(self) -> int:
-        """How many entries ``lr_mean`` has: one more than the number of windows that have ended."""
-        return self.state.get(self.param_groups[0]["params"][0], {}).get("lr_counter", 0)
+        """How many entries ``lr_mean`` has: for the window rule, one more than the number of windows that have ended."""
+        if not self.track_rates:
+            raise AttributeError("the rates were not tracked: make the optimizer with track_rates=True.")
+        return self._recorded()
 
 
 def same_value(a: Any, b: Any) -> bool:

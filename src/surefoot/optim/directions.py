@@ -31,9 +31,9 @@ from torch import Tensor
 from surefoot.optim.parts import Number, Part, Slot, State, all_of, require, require_pair
 
 
-def decays(weight_decay: Number) -> bool:
-    """Whether there is any decay to apply (a tensor is not looked into: that would wait for the device)."""
-    return isinstance(weight_decay, Tensor) or weight_decay != 0
+def is_some(number: Number) -> bool:
+    """Whether an option has an effect, not being 0 (a tensor is not looked into: that would wait for the device)."""
+    return isinstance(number, Tensor) or number != 0
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Direction(Part):
 
     def couple(self, grad: Tensor, weight: Tensor, options: Mapping[str, Any]) -> Tensor:
         """The gradient with coupled weight decay."""
-        if decays(options["weight_decay"]) and not options["decoupled_weight_decay"]:
+        if is_some(options["weight_decay"]) and not options["decoupled_weight_decay"]:
             return grad + options["weight_decay"] * weight
         return grad
 
@@ -58,7 +58,7 @@ class Direction(Part):
 
     def shrinks(self, options: Mapping[str, Any]) -> bool:
         """Whether there is decoupled weight decay."""
-        return decays(options["weight_decay"]) and options["decoupled_weight_decay"]
+        return is_some(options["weight_decay"]) and options["decoupled_weight_decay"]
 
     def propose(self, slot: Slot) -> Tensor:
         """The update ``u`` for one parameter; stores the direction's own state."""
@@ -111,7 +111,7 @@ class Momentum(Direction):
         if slot.state["step"] == 1:
             return buffer.copy_(slot.grad)
         dampening = o["dampening"]
-        fresh = slot.grad * (1 - dampening) if isinstance(dampening, Tensor) or dampening else slot.grad
+        fresh = slot.grad * (1 - dampening) if is_some(dampening) else slot.grad
         return buffer.mul_(o["momentum"]).add_(fresh)
 
     def raw(self, slot: Slot) -> Tensor:
@@ -241,14 +241,14 @@ class AnnealedAdam(Direction):
         return tuple(State(name) for name in names)
 
     def shrink(self, update: Tensor, weight: Tensor, options: Mapping[str, Any]) -> Tensor:
-        if decays(options["weight_decay"]):
+        if is_some(options["weight_decay"]):
             return update + options["weight_decay"] * update.abs() * weight
         return update
 
     def propose(self, slot: Slot) -> Tensor:
         g, o, state, step = slot.grad, slot.options, slot.state, slot.state["step"]
         a, b, c, beta2 = o["betas"]
-        fading = ((1 - step) / c) ** 2
+        fading = ((1 - step) / c) * ((1 - step) / c)
         beta1 = b + (a - b) * (torch.exp(-fading) if isinstance(fading, Tensor) else math.exp(-fading))
         m = state["exp_avg"].lerp_(g, 1 - beta1)
         if beta2 < 0:

@@ -9,7 +9,17 @@ from __future__ import annotations
 from torch.optim.optimizer import ParamsT
 
 from surefoot.optim.core import SelfTuning
-from surefoot.optim.directions import SGD, Adam, AnnealedAdam, Direction, Momentum, Nesterov, Sign, by_name
+from surefoot.optim.directions import (
+    SGD,
+    Adam,
+    AnnealedAdam,
+    Direction,
+    Momentum,
+    Nesterov,
+    Sign,
+    by_name,
+    is_some,
+)
 from surefoot.optim.parts import Number, require
 from surefoot.optim.rules.divergence import Divergence
 from surefoot.optim.rules.rprop import CoReRates, Rprop
@@ -89,7 +99,7 @@ class SGDUpd(SelfTuning):
         window: int = 50,
         etas: Pair = (0.5, 1.2),
         step_sizes: Pair = (1e-6, 50.0),
-        momentum: float = 0.0,
+        momentum: Number = 0.0,
         nesterov: bool = False,
         weight_decay: Number = 0.0,
         undo: str = "exact",
@@ -97,12 +107,13 @@ class SGDUpd(SelfTuning):
         track_rates: bool = False,
         models: int | None = None,
     ) -> None:
+        require("nesterov", nesterov, "True or False", lambda v: isinstance(v, bool))
         direction: Direction
         if nesterov:
-            if not momentum:
+            if not is_some(momentum):
                 raise ValueError("nesterov needs a momentum above 0.")
             direction = Nesterov(momentum, weight_decay=weight_decay)
-        elif momentum:
+        elif is_some(momentum):
             direction = Momentum(momentum, weight_decay=weight_decay)
         else:
             direction = SGD(weight_decay=weight_decay)

@@ -28,8 +28,9 @@ class State:
     name: str
     init: Number | str = 0.0
     """The initial value: a number, one for each model, or :data:`WEIGHT`."""
-    dtype: torch.dtype | None = None
-    """``None``: the dtype that the arithmetic is done in (the parameter's, but at least float32)."""
+    dtype: torch.dtype | type[int] | None = None
+    """``None``: the dtype that the arithmetic is done in (the parameter's, but at least float32); ``int``: one whole
+    number for the parameter, on the host."""
     per_model: bool = False
     """Of each parameter, but one number for each model in place of one for each weight."""
 
@@ -56,6 +57,8 @@ class Slot:
     direction: Direction
     update: Tensor
     """What the direction proposes; the weight goes against it."""
+    adapted: bool = False
+    """Set by the rule in a step that may change the parameter's later rates: then tracked rates are recorded."""
 
     def store(self, **new: Tensor) -> None:
         """Write new values into the declared state, in place."""
@@ -72,6 +75,12 @@ class Part:
     """Base of directions and rules: a frozen dataclass whose fields are options that a parameter group may override."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # a pair, as JSON gives it back
+                object.__setattr__(self, field.name, tuple(value))
+            if type(field.default) is bool:
+                require(field.name, value, "True or False", lambda v: isinstance(v, bool))
         self.check()
 
     def check(self) -> None:
@@ -85,25 +94,37 @@ class Part:
         """The state of each parameter in a group with these options."""
         return ()
 
+    def needs(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of state that another part has to declare for this one to work."""
+        return ()
+
 
 def require(name: str, value: Any, allowed: str, test: Callable[[Any], Any]) -> None:
     """Raise ``ValueError`` in one sentence unless ``test(value)`` holds; for a tensor, of each of its entries."""
     try:
         holds = test(value)
         holds = bool(holds.all()) if isinstance(holds, Tensor) else bool(holds)
-    except TypeError:
+    except (
+        TypeError,
+        RuntimeError,
+        OverflowError,
+    ):  # of another type, or a tensor where one number is wanted
         holds = False
     if not holds:
         raise ValueError(f"{name} must be {allowed}, not {value!r}.")
+
+
+def require_whole(name: str, value: Any, least: int, unit: str = "") -> None:
+    """:func:`require` for a whole number of at least ``least``."""
+    allowed = f"a whole number{f' of {unit}' if unit else ''}, at least {least}"
+    require(name, value, allowed, lambda v: not isinstance(v, (bool, Tensor)) and v >= least and v == int(v))
 
 
 def require_pair(name: str, value: Any, allowed: str, test: Callable[[Any, Any], Any]) -> None:
     """:func:`require` for an option that is a pair, such as ``etas``."""
 
     def holds(pair: Any) -> Any:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            return False
-        return test(*pair)
+        return isinstance(pair, tuple) and len(pair) == 2 and test(*pair)
 
     require(name, value, f"a pair with {allowed}", holds)
 

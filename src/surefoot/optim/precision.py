@@ -1,7 +1,7 @@
 """Weights of 16 bits: the part of a step that they cannot hold is kept beside them.
 
 A bfloat16 weight has 8 significant bits, so a step below 1/512 of it would be lost. Its value here is the sum of the
-parameter and a second 16-bit tensor, ``compensation``; arithmetic is done in float32 on the sum.
+parameter and a float32 tensor, ``compensation``, exactly a float32 number; arithmetic is done on the sum.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def is_short(weight: Tensor) -> bool:
 
 def widen(weight: Tensor, compensation: Tensor) -> Tensor:
     """The value of a short weight, in float32."""
-    return weight.float() + compensation.float()
+    return weight.float() + compensation
 
 
 def narrow_(weight: Tensor, compensation: Tensor, value: Tensor) -> None:

@@ -67,4 +67,3 @@ def leaving_no_trace(parameters: Sequence[Tensor], replay: RandomState) -> Itera
             for part, name, buffer, before in buffers.values():
                 buffer.copy_(before)
                 part._buffers[name] = buffer
-

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surefoot.optim.precision import working_dtype
+
 
 @dataclass(frozen=True)
 class Space:
@@ -40,12 +42,14 @@ class Space:
     def spread(self, value: Any, weight: Tensor, dtype: torch.dtype | None = None) -> Any:
         """A number for each model, ``[K]``, shaped to broadcast against ``weight``; anything else unchanged.
 
-        In the weight's dtype unless another is given.
+        It comes on the weight's device and in the dtype that arithmetic on the weight is done in, unless another is
+        given.
         """
         if isinstance(value, tuple):
             return tuple(self.spread(v, weight, dtype) for v in value)
         if self.models is not None and isinstance(value, Tensor) and value.shape == self.shape:
-            return value.to(dtype or weight.dtype).view(-1, *[1] * (weight.ndim - 1))
+            dtype = dtype or working_dtype(weight)
+            return value.to(weight.device, dtype).view(-1, *[1] * (weight.ndim - 1))
         return value
 
     def gather(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -81,7 +85,8 @@ class Space:
         """Mean and unbiased standard deviation (n - 1) of all entries of all tensors; 0 for a single entry."""
         count = sum(t.numel() for t in tensors) // (self.models or 1)
         mean = self.sum(tensors) / max(count, 1)
-        doubles = [t.double() for t in tensors]
-        deviations = [t - self.spread(mean.to(t.device), t) for t in doubles]
-        variance = self.dot(deviations, deviations) / max(count - 1, 1)
+        doubles = (t.double() for t in tensors)  # one at a time: they are twice as large
+        variance = self.sum((t - self.spread(mean.to(t.device), t)).square() for t in doubles) / max(
+            count - 1, 1
+        )
         return mean, variance.sqrt()

@@ -32,6 +32,8 @@ class Row:
     min_loss_sd: float
     epoch: int | None
     """When the smallest loss was reached; ``None``: not given."""
+    source: str = "paper"
+    """"thesis": quoted in the paper from the author's thesis, whose scripts for these runs are not public."""
 
     @property
     def request(self) -> str:
@@ -47,8 +49,8 @@ class Row:
 
 
 TABLE_1 = (
-    Row("S-Rprop", "srprop", 30000, 600, 1e-3, 0.025, 0.003, None),
-    Row("SGD", "sgd", None, 5, 1e-3, 0.027, 0.005, None),
+    Row("S-Rprop", "srprop", 30000, 600, 1e-3, 0.025, 0.003, None, "thesis"),
+    Row("SGD", "sgd", None, 5, 1e-3, 0.027, 0.005, None, "thesis"),
     Row("SGD+M", "momentum", None, 25, 1e-2, 0.013, 0.001, 5),
     Row("SGD-Upd", "sgd-upd", 15000, 25, 1e-1, 0.008, 0.001, 5),
     Row("Adam", "adam", None, 25, 1e-3, 0.013, 0.001, 4),

@@ -30,7 +30,11 @@ class Rule(Part):
         return ()
 
     def measure(
-        self, slots: Sequence[Slot], shared: dict[str, Tensor], options: Mapping[str, Any], loss: Tensor | None
+        self,
+        slots: Sequence[Slot],
+        shared: dict[str, Tensor],
+        options: Mapping[str, Any],
+        loss: Tensor | None,
     ) -> None:
         """Before anything moves, with every parameter's update at hand: adapt the ``shared`` state in place.
 
@@ -57,7 +61,10 @@ class Rule(Part):
         """After a probe: adapt the ``shared`` state by the batch's loss before and after, as ``loss`` above."""
 
     def choose(self, slot: Slot) -> Number:
-        """The rate of this step, from what is known before the weight moves; stores the rule's own state."""
+        """The rate of this step, from what is known before the weight moves; stores the rule's own state.
+
+        Here or in :meth:`settle`, ``slot.adapted`` is set in a step that may change later rates.
+        """
         raise NotImplementedError
 
     def settle(self, slot: Slot) -> Tensor | None:
@@ -67,7 +74,3 @@ class Rule(Part):
     def current(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> Number:
         """The rate as it stands, for reading only; ``state`` is empty before a parameter's first step."""
         raise NotImplementedError
-
-    def adapts_at(self, step: int, options: Mapping[str, Any]) -> bool:
-        """Whether a parameter's rates may have changed in its step number ``step``."""
-        return False

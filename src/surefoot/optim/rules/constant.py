@@ -20,6 +20,9 @@ class Constant(Rule):
         require("rate", self.rate, "at least 0", lambda v: v >= 0)
 
     def choose(self, slot: Slot) -> Number:
+        slot.adapted = (
+            True  # not the rate, but a scheduler may have moved lr: tracked rates have an entry a step
+        )
         return slot.options["rate"]
 
     def current(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> Number:

@@ -252,6 +252,7 @@ class Divergence(Rule):
 
     def choose(self, slot: Slot) -> Number:
         o, state = slot.options, slot.state
+        slot.adapted = state["step"] >= o["warmup_steps"]
         if o["scope"] == "global":
             return slot.spread(slot.shared["rate"])
         if state["step"] <= o["warmup_steps"]:
@@ -270,9 +271,6 @@ class Divergence(Rule):
         if "age" in state:
             return torch.where(state["age"] >= options["warmup_steps"], rate, options["warmup_rate"])
         return rate if state.get("step", 0) >= options["warmup_steps"] else options["warmup_rate"]
-
-    def adapts_at(self, step: int, options: Mapping[str, Any]) -> bool:
-        return step >= options["warmup_steps"]
 
 
 def _adapt(beta: Tensor, size: Tensor, o: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

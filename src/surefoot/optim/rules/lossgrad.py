@@ -67,7 +67,9 @@ class LossGrad(Rule):
         require("up", self.up, "at least 1", lambda v: v >= 1)
         require("down", self.down, "at least 1", lambda v: v >= 1)
         require("threshold", self.threshold, "in (0, 1]", lambda v: all_of(v > 0, v <= 1))
-        require("probe_every", self.probe_every, "a whole number of at least 1", lambda v: v >= 1 and v == int(v))
+        require(
+            "probe_every", self.probe_every, "a whole number of at least 1", lambda v: v >= 1 and v == int(v)
+        )
         require("probe", self.probe, f"one of {', '.join(PROBES)}", lambda v: v in PROBES)
         require_pair(
             "step_sizes",
@@ -80,12 +82,17 @@ class LossGrad(Rule):
         return (State("step_size", options["initial_rate"]), State("slope"))
 
     def measure(
-        self, slots: Sequence[Slot], shared: dict[str, Tensor], options: Mapping[str, Any], loss: Tensor | None
+        self,
+        slots: Sequence[Slot],
+        shared: dict[str, Tensor],
+        options: Mapping[str, Any],
+        loss: Tensor | None,
     ) -> None:
         along = [multiple(slot) * looks_along(slot) for slot in slots]
         shared["slope"].copy_(slots[0].space.dot([slot.grad for slot in slots], along))
 
     def choose(self, slot: Slot) -> Tensor:
+        slot.adapted = True
         h = slot.spread(slot.shared["step_size"])
         return h / slot.direction.gain(slot.options) if slot.options["probe"] == "raw" else h
 
@@ -93,7 +100,11 @@ class LossGrad(Rule):
         return clock % options["probe_every"] == 0
 
     def ahead(self, slot: Slot) -> Tensor | None:
-        if slot.options["probe"] == "step" and not is_scheduled(slot) and not slot.direction.shrinks(slot.options):
+        if (
+            slot.options["probe"] == "step"
+            and not is_scheduled(slot)
+            and not slot.direction.shrinks(slot.options)
+        ):
             return None
         return slot.spread(slot.shared["step_size"]) * multiple(slot) * looks_along(slot)
 
@@ -110,13 +121,14 @@ class LossGrad(Rule):
         # A decision compares half the predicted change with losses that are rounded: four units in their last place.
         floor = 8 * torch.finfo(slots[0].weight.dtype).eps * before.abs()
         risen = rises(before, after, h, shared["slope"], options["threshold"], floor)
-        h.copy_(torch.where(risen, h * options["up"] ** steps, h / options["down"] ** steps).clamp(*options["step_sizes"]))
+        h.copy_(
+            torch.where(risen, h * options["up"] ** steps, h / options["down"] ** steps).clamp(
+                *options["step_sizes"]
+            )
+        )
 
     def current(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> Number:
         return state.get("step_size", options["initial_rate"])
-
-    def adapts_at(self, step: int, options: Mapping[str, Any]) -> bool:
-        return self.probes_at(step, options)
 
 
 def looks_along(slot: Slot) -> Tensor:

@@ -7,14 +7,14 @@ Here with a decision at every step; :mod:`surefoot.optim.rules.window` makes the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from surefoot.optim.parts import Number, Slot, State, all_of, require, require_pair
+from surefoot.optim.parts import Number, Slot, State, all_of, require, require_pair, require_whole
 from surefoot.optim.rules.base import Rule
 
 
@@ -61,9 +61,6 @@ class SignRule(Rule):
     def current(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> Number:
         return state.get("rate", options["initial_rate"])
 
-    def adapts_at(self, step: int, options: Mapping[str, Any]) -> bool:
-        return True
-
 
 def update_mask(slot: Slot) -> Tensor | None:
     """One Bernoulli(1 - dropout) draw for each weight; ``None`` where all may move (biases always).
@@ -78,6 +75,10 @@ def update_mask(slot: Slot) -> Tensor | None:
     stream.manual_seed((seed + 1_000_003 * (slot.state["step"] + 1_000_003 * slot.index)) % 2**63)
     shape = slot.weight.shape[len(slot.space.shape) :]
     return torch.rand(shape, generator=stream, device=slot.weight.device) >= dropout
+
+
+# A generator of its own is nothing that can be compiled.
+eager_update_mask = cast(Callable[[Slot], Tensor | None], torch.compiler.disable(update_mask))
 
 
 def irprop_minus(
@@ -118,14 +119,15 @@ class Rprop(SignRule):
     def check(self) -> None:
         super().check()
         require("dropout", self.dropout, "in [0, 1)", lambda v: 0 <= v < 1)
-        require("seed", self.seed, "a whole number of at least 0", lambda v: v >= 0 and v == int(v))
+        require_whole("seed", self.seed, 0)
 
     def declare(self, options: Mapping[str, Any]) -> tuple[State, ...]:
         return (State("rate", options["initial_rate"]), State("sign", 1.0, torch.int8))
 
     def choose(self, slot: Slot) -> Tensor:
         o, state = slot.options, slot.state
-        mask = update_mask(slot)
+        slot.adapted = True
+        mask = eager_update_mask(slot)
         moves, rate, sign = irprop_minus(
             slot.update, state["rate"], state["sign"], mask, o["etas"], o["step_sizes"]
         )
@@ -158,12 +160,7 @@ class CoReRates(SignRule):
 
     def check(self) -> None:
         super().check()
-        require(
-            "score_history",
-            self.score_history,
-            "a whole number of at least 0",
-            lambda v: v >= 0 and v == int(v),
-        )
+        require_whole("score_history", self.score_history, 0)
         require("frozen", self.frozen, "in [0, 1]", lambda v: 0 <= v <= 1)
         if self.frozen and not self.score_history:
             raise ValueError(
@@ -174,8 +171,12 @@ class CoReRates(SignRule):
         scores = (State("score"),) if options["score_history"] else ()
         return (*super().declare(options), *scores)
 
+    def needs(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg",) if options["score_history"] else ()
+
     def choose(self, slot: Slot) -> Tensor:
         o, state, u = slot.options, slot.state, slot.update
+        slot.adapted = True
         history, late = o["score_history"], state["step"] > o["score_history"]
         held: Tensor | None = None
         if history and late:
