@@ -171,10 +171,12 @@ class SelfTuning(Optimizer):
         shared_options = self.param_groups[0]
         clock = self._clock() + 1
         probing = bool(moving) and self.rule.probes_at(clock, shared_options)
-        if probing and closure is None and evaluate is None:
+        again = closure or evaluate
+        if probing and again is None:
             raise ValueError(
                 "this rule probes the loss: call step(loss=loss, evaluate=...), or step(closure)."
             )
+        probe = partial(self._probed, cast(Callable[[], Loss], again), with_grad=closure is not None)
         for _, p, group in moving:
             if "step" not in self.state[p]:
                 self._begin(p, group)
@@ -184,24 +186,24 @@ class SelfTuning(Optimizer):
             self._record()
         shared = self._shared()
         slots: Iterable[Slot] = (self._propose(index, p, group, shared) for index, p, group in moving)
+        seen: list[Slot] = []
+        after = None
         if (
             shared and moving
         ):  # a global rule has to see them all; otherwise one update at a time is in memory
             self._keeper()["clock"] = clock
-            slots = list(slots)
-            self.rule.measure(slots, shared, shared_options, value)
-        if probing:
-            slots = list(slots)
-            probe = partial(self._probed, closure or evaluate, with_grad=closure is not None)
-            ahead = [self.rule.ahead(slot) for slot in slots]
-            after = None if all(point is None for point in ahead) else self._elsewhere(slots, ahead, probe)
+            slots = seen = list(slots)
+            self.rule.measure(seen, shared, shared_options, value)
+            if probing:
+                after = self._elsewhere(seen, probe)
         latest, adapted = 0, False  # of the parameter that has made most steps: its clock is the history's
         for slot in slots:
             self._apply(slot)
             if slot.state["step"] > latest:
                 latest, adapted = slot.state["step"], slot.adapted
         if probing:
-            self.rule.judge(slots, shared, shared_options, value, probe() if after is None else after)
+            after = probe() if after is None else after
+            self.rule.judge(seen, shared, shared_options, cast(Tensor, value), after)
         if self.track_rates and adapted:
             self._record()
         self._remember_random_state()
@@ -224,10 +226,11 @@ class SelfTuning(Optimizer):
         ):
             return cast(Tensor, self._loss_value(evaluate()))
 
-    def _elsewhere(
-        self, slots: Sequence[Slot], ahead: Sequence[Tensor | None], probe: Callable[[], Tensor]
-    ) -> Tensor:
-        """The batch's loss with every weight moved by what is subtracted from it; they are put back exactly."""
+    def _elsewhere(self, slots: Sequence[Slot], probe: Callable[[], Tensor]) -> Tensor | None:
+        """The loss where the rule wants to look, the weights being put back; ``None`` where the step goes there itself."""
+        ahead = [self.rule.ahead(slot) for slot in slots]
+        if all(displacement is None for displacement in ahead):
+            return None
         before = [slot.parameter.clone() for slot in slots]
         for slot, displacement in zip(slots, ahead, strict=True):
             if displacement is not None:
