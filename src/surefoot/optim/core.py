@@ -299,7 +299,7 @@ class SelfTuning(Optimizer):
 
     def _check_options(self, group: dict[str, Any], where: str) -> None:
         """Refuse options that nothing reads, and values out of range."""
-        for name in group.keys() - self.defaults.keys() - _FOREIGN_OPTIONS:
+        for name in sorted(group.keys() - self.defaults.keys() - _FOREIGN_OPTIONS):
             nearest = difflib.get_close_matches(name, sorted(self.defaults), 1)
             hint = (
                 f"did you mean {nearest[0]!r}?"
