@@ -5,7 +5,8 @@
 The paper's MNIST network (21,840 parameters) on 6,000 made images of MNIST's shape, one epoch, Adam. The plain loop is
 a ``DataLoader`` over a ``TensorDataset`` with ``torch.optim.Adam`` (the fused one, its fastest), once with torch's
 default number of threads, as people run it, and once with one thread, as the laboratory's processes do. The laboratory
-is one of its runs: one thread, batches cut from whole tensors. Wall time, the three in turn within each repeat; the
+is one of its runs (one thread, batches cut from whole tensors), and as many runs at once as there are cores, a process
+each, which is how it works; then samples are counted over all runs. Wall time, all in turn within each repeat; the
 figures are medians over the repeats, the ratios medians of the ratios within a repeat.
 """
 
@@ -22,7 +23,8 @@ from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
 from surefoot.lab import catalogue
-from surefoot.lab.plan import parse_optimizers
+from surefoot.lab.executor import LocalProcesses
+from surefoot.lab.plan import parse_optimizers, specs
 from surefoot.lab.runs import RunSpec
 from surefoot.lab.tasks.base import Task
 from surefoot.lab.tasks.images import paper_cnn
@@ -59,6 +61,16 @@ def laboratory(task: Task, batch_size: int, optimizer: str) -> None:
     train(task, RunSpec(task.name, "", optimizer, settings, 1e-3, batch_size, epochs=1, seed=0))
 
 
+def side_by_side(executor: LocalProcesses, batch_size: int, runs: int) -> float:
+    """Wall time of a run, when as many as there are cores go on at once; the processes are there already."""
+    (request,) = parse_optimizers(f"adam[batch={batch_size},rate=1e-3]")
+    task, methods = executor.prepare([request], (1e-3,))
+    todo = specs(task, methods, 1, range(runs))
+    start = time.perf_counter()
+    finished = list(executor.run(todo))
+    return (time.perf_counter() - start) / len(finished)
+
+
 def seconds(work: Callable[[], None], threads: int) -> float:
     """Wall time of one call with that many threads."""
     torch.set_num_threads(threads)
@@ -75,6 +87,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     task, cores = made_task(), torch.get_num_threads()
+    with LocalProcesses(f"{__file__}:made_task", workers=cores) as executor:
+        table = measure(task, executor, cores, repeats)
+    console = Console(width=100)
+    console.print(f"torch {torch.__version__}, wall time, medians of {repeats}")
+    console.print(table)
+
+
+def measure(task: Task, executor: LocalProcesses, cores: int, repeats: int) -> Table:
+    """The table: every way at every batch size."""
     table = Table("batch", "loop", "samples / s", "x plain loop", title="one epoch, from end to end")
     for batch_size in BATCHES:
         ways: dict[str, Callable[[], float]] = {
@@ -82,6 +103,7 @@ def main() -> None:
             "plain, 1 thread": lambda m=batch_size: seconds(lambda: plain_loop(task, m), 1),
             "laboratory, adam": lambda m=batch_size: seconds(lambda: laboratory(task, m, "adam"), 1),
             "laboratory, adam-upd": lambda m=batch_size: seconds(lambda: laboratory(task, m, "adam-upd"), 1),
+            f"laboratory, adam, {cores} runs at once": lambda m=batch_size: side_by_side(executor, m, cores),
         }
         for way in ways.values():
             way()
@@ -93,9 +115,7 @@ def main() -> None:
         for name, own in times.items():
             ratio = statistics.median(a / b for a, b in zip(plain, own, strict=True))
             table.add_row(str(batch_size), name, f"{PATTERNS / statistics.median(own):,.0f}", f"{ratio:.2f}")
-    console = Console(width=100)
-    console.print(f"torch {torch.__version__}, wall time, medians of {repeats}")
-    console.print(table)
+    return table
 
 
 if __name__ == "__main__":
