@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from surefoot import AdamUpd, CoRe, DropoutRprop, HyperReg, SelfTuning, SGDUpd, SRprop, WNGrad
+from surefoot import AdamUpd, CoRe, DropoutRprop, HyperReg, LossGrad, SelfTuning, SGDUpd, SRprop, WNGrad
 from surefoot.optim import directions, rules
 
 
@@ -168,6 +168,30 @@ RECORDS = [
         "wngrad-step-first",
         lambda p, lr=1.0, **o: WNGrad(p, lr, **{"initial_rate": 0.3, "first": "step", **o}),
         {"initial_rate": (0.3, 0.03, 0.5)},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "lossgrad",
+        lambda p, lr=1.0, **o: LossGrad(
+            p, lr, **{"initial_rate": 0.05, "down": 1.5, "weight_decay": 0.01, **o}
+        ),
+        {"initial_rate": (0.05, 1e-3, 0.2), "down": (1.05, 1.2, 1.5)},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "lossgrad-adam-raw",
+        lambda p, lr=1.0, **o: LossGrad(
+            p,
+            lr,
+            **{"direction": "adam", "probe": "raw", "initial_rate": 1e-3, "probe_every": 3, "up": 1.1, **o},
+        ),
+        {"threshold": (0.5, 0.3, 0.9), "weight_decay": (0.0, 0.01, 0.1)},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "lossgrad-nesterov",
+        lambda p, lr=1.0, **o: LossGrad(p, lr, **{"direction": "nesterov", "initial_rate": 1e-2, **o}),
+        {"up": (1.05, 1.2, 1.5)},
         skips=ONE_RATE,
     ),
     cell("sgd", directions.SGD(weight_decay=0.01), rules.Constant(0.1), per_model={"rate": RATES}),

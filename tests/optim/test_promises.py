@@ -65,7 +65,12 @@ class Problem:
     def run(self, optimizer: SelfTuning, steps: range) -> None:
         for step in steps:
             self.backward(step)
-            optimizer.step()
+            self.move(optimizer, step)
+
+    def move(self, optimizer: SelfTuning, step: int) -> None:
+        """One step of an optimizer, whatever it needs to know of the loss."""
+        loss = self.loss(step).detach()
+        optimizer.step(loss=loss, evaluate=lambda: self.loss(step))
 
     def weights(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.params]
@@ -180,7 +185,7 @@ def test_late_gradient(record: Record):
     for step in range(7):
         problem.backward(step)
         late.grad = None
-        optimizer.step()
+        problem.move(optimizer, step)
     assert torch.equal(late, before)
     assert not optimizer.state.get(late)
 
@@ -189,8 +194,8 @@ def test_late_gradient(record: Record):
     for step in range(7, STEPS):
         problem.backward(step)
         alone.grad = late.grad.clone()
-        optimizer.step()
-        fresh.step()
+        problem.move(optimizer, step)
+        problem.move(fresh, step)
     assert torch.equal(late, alone)
 
 
@@ -209,7 +214,7 @@ def test_add_param_group(record: Record):
             if step < 5:
                 for p in problem.params[2:]:
                     p.grad = None
-            optimizer.step()
+            problem.move(optimizer, step)
         results.append(problem.weights())
     assert same(*results)
 
@@ -224,7 +229,7 @@ def test_per_group_lr(record: Record):
         problem.backward(step)
         twin.backward(step)
         for optimizer in (both, first, second):
-            optimizer.step()
+            problem.move(optimizer, step)
     assert same(problem.weights(), twin.weights())
 
 
@@ -237,7 +242,7 @@ def test_every_scheduler_of_this_torch_has_a_case():
 @promise
 def test_scheduler(record: Record, name: str):
     """What a scheduler writes into the groups is what is used: the same values set by hand give the same run."""
-    moved = ("lr", "momentum", "betas")
+    moved = ("lr", "initial_lr", "momentum", "betas")
     problem = Problem()
     optimizer = record.make(problem.params)
     scheduler = {**RELATIVE, **ABSOLUTE}[name](optimizer)
@@ -245,7 +250,7 @@ def test_scheduler(record: Record, name: str):
     for step in range(STEPS):
         logged.append({k: v for k, v in optimizer.param_groups[0].items() if k in moved})
         problem.backward(step)
-        optimizer.step()
+        problem.move(optimizer, step)
         advance(scheduler, 10 + step)  # by then the loss is stuck
     by_hand = Problem()
     plain = record.make(by_hand.params)
@@ -299,7 +304,8 @@ def test_grad_scaler(record: Record):
         if step == 6:
             weights, state = problem.weights(), copy.deepcopy(flat_state(optimizer))
             problem.params[0].grad[0, 0] = float("inf")
-        scaler.step(optimizer)
+        loss = problem.loss(step).detach()
+        scaler.step(optimizer, loss=loss, evaluate=lambda step=step: problem.loss(step))
         scaler.update()
         if step == 6:
             assert same(problem.weights(), weights)
@@ -321,7 +327,7 @@ def test_keeps_grad(record: Record):
         problem.backward(step)
         held = [p.grad for p in problem.params]
         before = [g.clone() for g in held]
-        optimizer.step()
+        problem.move(optimizer, step)
         assert all(
             p.grad is g and torch.equal(g, b) for p, g, b in zip(problem.params, held, before, strict=True)
         )
@@ -337,8 +343,8 @@ def test_maximize(record: Record):
         twin.backward(step)
         for p in twin.params:
             p.grad.neg_()
-        down.step()
-        up.step()
+        problem.move(down, step)
+        up.step(loss=-twin.loss(step).detach(), evaluate=lambda step=step: -twin.loss(step))
     assert same(problem.weights(), twin.weights())
 
 
@@ -351,7 +357,7 @@ def test_closure(record: Record):
     twin.run(plain, range(STEPS))
     assert same(problem.weights(), twin.weights())
     assert float(losses[0].detach()) == float(Problem().loss(0).detach())
-    assert plain.step() is None
+    assert plain.step(loss=1.5, evaluate=lambda: 1.0) == 1.5
 
 
 @promise
@@ -363,7 +369,7 @@ def test_sparse_is_refused(record: Record):
     dense.grad = torch.ones(3)
     table.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (4, 2), check_invariants=True)
     with pytest.raises(ValueError, match="sparse gradients are not supported"):
-        optimizer.step()
+        optimizer.step(loss=1.0, evaluate=lambda: 0.5)
     assert torch.equal(dense, torch.ones(3))
     assert not optimizer.state
 
@@ -377,7 +383,7 @@ def test_small_steps_in_bf16(record: Record):
         optimizer = record.make([p], lr=2e-4 / largest_step(record))
         for _ in range(40):
             p.grad = torch.ones_like(p)
-            optimizer.step()
+            optimizer.step(loss=p.detach().float().sum(), evaluate=lambda p=p: p.float().sum())
         value = p.detach().float() + optimizer.state[p].get("compensation", torch.zeros(1)).float()
         moved.append(float((1 - value).mean()))
     assert 1e-4 < moved[0] < 0.2
@@ -388,7 +394,7 @@ def largest_step(record: Record) -> float:
     """How far the first step takes a weight of 1 under a gradient of 1."""
     p = torch.ones(8, 8, dtype=torch.float64, requires_grad=True)
     p.grad = torch.ones_like(p)
-    record.make([p]).step()
+    record.make([p]).step(loss=1.0, evaluate=lambda: 0.5)
     return float((1 - p.detach()).abs().max())
 
 
@@ -435,14 +441,19 @@ def test_stack(record: Record):
     for step in range(STEPS):
         for k, problem in enumerate(problems):
             problem.backward(step)
-            separate[k].step()
+            problem.move(separate[k], step)
         views = [Problem(seed=seed) for seed in range(3)]
         for k, view in enumerate(views):
             view.params = [p[k] for p in stacked]
         for p in stacked:
             p.grad = None
-        torch.stack([view.loss(step) for view in views]).sum().backward()
-        stack.step()
+        losses = torch.stack([view.loss(step) for view in views])
+        losses.sum().backward()
+
+        def again(views=views, step=step):
+            return torch.stack([view.loss(step) for view in views])
+
+        stack.step(loss=losses.detach(), evaluate=again)
     for i, p in enumerate(stacked):
         for k, problem in enumerate(problems):
             assert torch.allclose(p[k], problem.params[i], rtol=0, atol=1e-12)
@@ -486,7 +497,7 @@ def test_no_host_sync(record: Record):
     for step in range(STEPS):
         problem.backward(step)
         with NoHostSync():
-            optimizer.step()
+            problem.move(optimizer, step)
 
 
 @promise
@@ -498,7 +509,8 @@ def test_no_values_are_looked_at(record: Record):
     for _ in range(STEPS):
         for p in params:
             p.grad = torch.zeros_like(p)
-        optimizer.step()
+        loss = torch.zeros((), device="meta")
+        optimizer.step(loss=loss, evaluate=lambda loss=loss: loss)
 
 
 def declared_state(record: Record) -> dict[str, dict[str, str]]:

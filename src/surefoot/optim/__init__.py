@@ -2,13 +2,14 @@
 
 from surefoot.optim import directions, rules
 from surefoot.optim.core import Rates, SelfTuning
-from surefoot.optim.named import AdamUpd, CoRe, DropoutRprop, HyperReg, SGDUpd, SRprop, WNGrad
+from surefoot.optim.named import AdamUpd, CoRe, DropoutRprop, HyperReg, LossGrad, SGDUpd, SRprop, WNGrad
 
 __all__ = [
     "AdamUpd",
     "CoRe",
     "DropoutRprop",
     "HyperReg",
+    "LossGrad",
     "Rates",
     "SGDUpd",
     "SRprop",

@@ -254,7 +254,7 @@ class SelfTuning(Optimizer):
         value = torch.as_tensor(loss).detach().to(torch.float64)
         if value.shape != self.space.shape:
             raise ValueError(f"loss must have shape {self.space.shape}, not {tuple(value.shape)}.")
-        return value
+        return -value if self.param_groups[0]["maximize"] else value
 
     def _propose(self, index: int, p: Tensor, group: dict[str, Any], shared: dict[str, Tensor]) -> Slot:
         """The direction's update for one parameter; nothing has moved yet."""

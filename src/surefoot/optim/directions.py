@@ -48,9 +48,12 @@ class Direction(Part):
 
     def couple(self, grad: Tensor, weight: Tensor, options: Mapping[str, Any]) -> Tensor:
         """The gradient with coupled weight decay."""
-        if is_some(options["weight_decay"]) and not options["decoupled_weight_decay"]:
-            return grad + options["weight_decay"] * weight
-        return grad
+        decay = self.coupled(options)
+        return grad + decay * weight if is_some(decay) else grad
+
+    def coupled(self, options: Mapping[str, Any]) -> Number:
+        """The coefficient of coupled weight decay."""
+        return 0.0 if options["decoupled_weight_decay"] else options["weight_decay"]
 
     def shrink(self, update: Tensor, weight: Tensor, options: Mapping[str, Any]) -> Tensor:
         """The update with decoupled weight decay."""

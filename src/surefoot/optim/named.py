@@ -22,6 +22,7 @@ from surefoot.optim.directions import (
 )
 from surefoot.optim.parts import Number, require
 from surefoot.optim.rules.divergence import Divergence
+from surefoot.optim.rules.lossgrad import LossGrad as LossGradRule
 from surefoot.optim.rules.rprop import CoReRates, Rprop
 from surefoot.optim.rules.window import Window
 
@@ -380,6 +381,65 @@ class WNGrad(SelfTuning):
                 warmup_steps=int(first == "step"),
                 warmup_rate=initial_rate,
             ),
+            lr,
+            maximize=maximize,
+            track_rates=track_rates,
+            models=models,
+        )
+
+
+class LossGrad(SelfTuning):
+    r"""LOSSGRAD (Wojcik, Maziarka & Tabor 2018): one step size, judged by the loss. any direction x lossgrad.
+
+    After every step :math:`x \leftarrow x - h u` the loss of the same batch is computed again, and
+
+    .. math:: h \leftarrow h / \mathrm{down} \quad\text{if}\quad f_1 > f_0 - (1 - \tau) h \langle g, u \rangle,
+              \quad\text{else}\quad h \leftarrow h \cdot \mathrm{up}.
+
+    Every step needs the loss and a function that computes it again, or a closure::
+
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step(loss=loss, evaluate=lambda: criterion(model(x), y))
+
+    The probe sees the same dropout masks and leaves BatchNorm's buffers, gradients and random streams as they are.
+
+    Args:
+        params: parameters or groups; a group may have an lr of its own, and every other option is one for all.
+        lr: multiplies the step. A schedule shortens the step that is taken, not the one that is probed.
+        direction: "sgd" as published, "momentum", "nesterov", "adam" or "sign".
+        initial_rate: h at the start.
+        up, down: the factors.
+        threshold: :math:`\tau` in (0, 1]; the step aims at :math:`2 \tau` times the best one along the line.
+        probe_every: k, a probe at every k-th step, with the factors to the k-th power.
+        step_sizes: smallest and largest h.
+        probe: "step" looks along the step itself, "raw" along the direction without its momentum.
+        weight_decay: coupled (L2); the penalty counts as part of the loss.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1.0,
+        *,
+        direction: str = "sgd",
+        initial_rate: Number = 1e-4,
+        up: Number = 1.05,
+        down: Number = 1.05,
+        threshold: Number = 0.5,
+        probe_every: int = 1,
+        step_sizes: tuple[float, float] = (1e-12, 1e6),
+        probe: str = "step",
+        weight_decay: Number = 0.0,
+        maximize: bool = False,
+        track_rates: bool = False,
+        models: int | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            by_name(direction, weight_decay=weight_decay, decoupled_weight_decay=False),
+            LossGradRule(initial_rate, up, down, threshold, probe_every, step_sizes, probe),
             lr,
             maximize=maximize,
             track_rates=track_rates,

@@ -20,7 +20,8 @@ class RandomState:
     """The state of torch's random streams, the processor's and those of the devices in use, at one moment."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._devices = sorted({device for device in devices if device.type != "cpu"}, key=str)
+        # The processor's is always kept, and the meta device has none.
+        self._devices = sorted({device for device in devices if device.type not in ("cpu", "meta")}, key=str)
         self._host = torch.get_rng_state()
         self._states = [torch.get_device_module(device).get_rng_state(device) for device in self._devices]
 

@@ -7,7 +7,8 @@ declares its options and state and calls it (:mod:`surefoot.optim.rules.base`).
 from surefoot.optim.rules.base import Rule
 from surefoot.optim.rules.constant import Constant
 from surefoot.optim.rules.divergence import Divergence
+from surefoot.optim.rules.lossgrad import LossGrad
 from surefoot.optim.rules.rprop import CoReRates, Rprop
 from surefoot.optim.rules.window import Window
 
-__all__ = ["CoReRates", "Constant", "Divergence", "Rprop", "Rule", "Window"]
+__all__ = ["CoReRates", "Constant", "Divergence", "LossGrad", "Rprop", "Rule", "Window"]

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from surefoot.optim.parts import Number, Slot, State, all_of, require, require_pair
+from surefoot.optim.directions import is_some
+from surefoot.optim.parts import Number, Slot, State, all_of, require, require_pair, require_whole
 from surefoot.optim.rules.base import Rule
 
 PROBES = ("step", "raw")
@@ -67,9 +68,7 @@ class LossGrad(Rule):
         require("up", self.up, "at least 1", lambda v: v >= 1)
         require("down", self.down, "at least 1", lambda v: v >= 1)
         require("threshold", self.threshold, "in (0, 1]", lambda v: all_of(v > 0, v <= 1))
-        require(
-            "probe_every", self.probe_every, "a whole number of at least 1", lambda v: v >= 1 and v == int(v)
-        )
+        require_whole("probe_every", self.probe_every, 1)
         require("probe", self.probe, f"one of {', '.join(PROBES)}", lambda v: v in PROBES)
         require_pair(
             "step_sizes",
@@ -79,7 +78,12 @@ class LossGrad(Rule):
         )
 
     def declare_shared(self, options: Mapping[str, Any]) -> tuple[State, ...]:
-        return (State("step_size", options["initial_rate"]), State("slope"))
+        return (
+            State("step_size", options["initial_rate"]),
+            State("slope"),
+            State("decay_slope"),
+            State("decay_bend"),
+        )
 
     def measure(
         self,
@@ -88,8 +92,15 @@ class LossGrad(Rule):
         options: Mapping[str, Any],
         loss: Tensor | None,
     ) -> None:
-        along = [multiple(slot) * looks_along(slot) for slot in slots]
-        shared["slope"].copy_(slots[0].space.dot([slot.grad for slot in slots], along))
+        space, along = slots[0].space, [multiple(slot) * looks_along(slot) for slot in slots]
+        shared["slope"].copy_(space.dot([slot.grad for slot in slots], along))
+        # Coupled decay adds w/2 |x|^2 to what is minimised but not to the loss: along x - h d it changes by
+        # -h w <x, d> + h^2 w/2 |d|^2.
+        decays = [slot.direction.coupled(slot.options) for slot in slots]
+        if any(is_some(decay) for decay in decays):
+            shrunk = [decay * d for decay, d in zip(decays, along, strict=True)]
+            shared["decay_slope"].copy_(space.dot([slot.weight for slot in slots], shrunk))
+            shared["decay_bend"].copy_(space.dot(shrunk, along) / 2)
 
     def choose(self, slot: Slot) -> Tensor:
         slot.adapted = True
@@ -118,8 +129,10 @@ class LossGrad(Rule):
     ) -> None:
         h, device, steps = shared["step_size"], shared["step_size"].device, options["probe_every"]
         before, after = before.to(device), after.to(device)
-        # A decision compares half the predicted change with losses that are rounded: four units in their last place.
-        floor = 8 * torch.finfo(slots[0].weight.dtype).eps * before.abs()
+        # Half the predicted change is compared with losses that are rounded, as are the weights they are made from:
+        # four units in the last place.
+        floor = 8 * torch.finfo(slots[0].parameter.dtype).eps * before.abs()
+        after = after - h * shared["decay_slope"] + h * h * shared["decay_bend"]
         risen = rises(before, after, h, shared["slope"], options["threshold"], floor)
         h.copy_(
             torch.where(risen, h * options["up"] ** steps, h / options["down"] ** steps).clamp(
