@@ -243,10 +243,12 @@ class TestStopping:
             run()
         assert len(kept()) == 4
 
-    def test_a_report_that_cannot_be_written(self, script):
-        Path("surefoot-out/report.html").mkdir(parents=True)
-        with pytest.raises(UserError, match="report"):
+    def test_a_report_that_cannot_be_written_in_the_end(self, script):
+        script.before[RUNS - 1] = lambda: Path("surefoot-out/report.html").mkdir()
+        with pytest.raises(UserError) as caught:
             run()
+        assert str(caught.value).startswith("The report cannot be written to 'surefoot-out/report.html': ")
+        assert str(caught.value).endswith(" (every run is kept in surefoot-out/runs.sqlite).")
         assert len(kept()) == RUNS
 
 
@@ -260,6 +262,7 @@ class TestRefusals:
             ({"epochs": -3}, "--epochs is -3"),
             ({"batch": 0}, "--batch is 0"),
             ({"workers": 0}, "--workers is 0"),
+            ({"workers": 13}, "--workers is 13; it may be at most 12 here, 4 per usable core."),
             ({"device": "gpu"}, "cpu or cuda"),
             ({"device": "cuda:x"}, "cpu or cuda"),
             ({"data": Path("nowhere")}, "nowhere"),
@@ -270,10 +273,20 @@ class TestRefusals:
     )
     def test_options_out_of_range(self, tmp_path, monkeypatch, change, names):
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(module, "usable_cores", lambda: 3)
         Path("file").touch()
         with pytest.raises(UserError) as caught:
             replace(ASKED, **change)
         assert names in str(caught.value)
+
+    def test_many_workers_to_a_core_but_not_too_many(self, monkeypatch):
+        monkeypatch.setattr(module, "usable_cores", lambda: 3)
+        assert replace(ASKED, workers=12).workers == 12
+
+    def test_a_folder_in_the_reports_place_is_told_before_anything_is_trained(self, tmp_path):
+        (tmp_path / "report.html").mkdir()
+        with pytest.raises(UserError, match=r"report\.html', which is a folder\.$"):
+            replace(ASKED, out=tmp_path)
 
     def test_a_folder_that_may_not_be_written(self, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever runs the tests, root included
@@ -288,6 +301,9 @@ class TestRefusals:
             ({"rates": "1:0.1"}, "is empty"),
             ({"store": "file"}, "no SQLite database"),
             ({"store": "."}, "is a folder"),
+            ({"store": ":memory:"}, "give --store a file"),
+            ({"store": "sqlite://"}, "give --store a file"),
+            ({"seeds": 99_999_999}, "has 299,999,997 runs and may have at most"),
         ],
     )
     def test_what_is_cheap_to_know_is_told_before_any_worker_starts(self, script, change, names):

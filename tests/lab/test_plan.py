@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surefoot.lab.errors import UserError
-from surefoot.lab.plan import MethodRequest, parse_optimizers, parse_rates, specs
+from surefoot.lab.plan import MOST_RUNS, MethodRequest, check_size, parse_optimizers, parse_rates, specs
 from surefoot.lab.runs import Method, TaskInfo
 
 TASK = TaskInfo("digits", "v1", 1437, 360, 5000, "accuracy", 100, 5)
@@ -252,3 +252,22 @@ class TestSpecs:
     def test_two_labels_for_the_same_settings_share_their_runs(self):
         methods = [Method(label, "adam", {"eps": 1e-8}, 100, (0.1,)) for label in ("adam", "adam[eps=1e-8]")]
         assert len(specs(TASK, methods, epochs=1, seeds=[0, 1])) == 2
+
+
+class TestSize:
+    """More runs than anybody trains are refused before memory is filled with them."""
+
+    REQUESTS = parse_optimizers("adam[rate=1e-3],sgd")
+
+    def test_runs_are_counted_over_seeds_optimizers_and_their_rates(self):
+        rates = (0.1, 0.01, 0.001)  # four runs a seed
+        check_size(self.REQUESTS, rates, MOST_RUNS // 4)
+        with pytest.raises(
+            UserError, match=f"has {MOST_RUNS + 4:,} runs and may have at most {MOST_RUNS:,};"
+        ):
+            check_size(self.REQUESTS, rates, MOST_RUNS // 4 + 1)
+
+    def test_so_are_combinations_of_settings(self):
+        values = "|".join(map(str, range(100)))
+        text = ",".join(f"{letter}={values}" for letter in "abcdefgh")
+        assert "asks for 10,000,000,000,000,000 combinations" in refused(parse_optimizers, f"x[{text}]")

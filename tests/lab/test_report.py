@@ -160,6 +160,36 @@ def test_the_sentence_of_each_kind_of_pair(make_study):
     assert sentence((1, 2, 3, 4), [INF] * 4).startswith("a is better than b by ranks")
 
 
+def test_a_lead_of_zero_has_no_minus_sign(make_study):
+    study = make_study({"a": {1e-3: by_seed(1, 2)}, "b": {1e-3: by_seed(1, 2)}})
+    assert words.with_interval(words.lead(analyse(study).pairs[0])) == ("0", "0 to 0")
+    assert words.rounded([-0.001, -0.5], 0.3) == ["0.00", "-0.50"]
+    assert "-0<" not in render(study)
+
+
+def test_equals_at_the_top_are_all_named(make_study):
+    same = {1e-3: by_seed(0.200, 0.204, 0.202)}
+    alike = {"adam-upd": same, "adam": same}
+    assert headline(make_study, alike) == (
+        "adam and adam-upd end alike, with the same final validation loss in all 3 seeds: 0.2020 on average."
+    )
+    text = headline(make_study, alike | CLEAR | {"adam": same, "near": {1e-3: by_seed(0.201, 0.230, 0.200)}})
+    assert text == (
+        "adam and adam-upd end alike, with the lowest final validation loss in all 3 seeds: 0.2020 on average. "
+        "They are better than sgd by more than noise. They are not surely ahead of near."
+    )
+    one = {label: {1e-3: by_seed(0.1)} for label in "abcdef"} | {"last": {1e-3: by_seed(0.2)}}
+    assert headline(make_study, one) == (
+        "a and 5 others end alike, with the lowest final validation loss in the only seed: 0.1. "
+        "With fewer than 2 seeds in common nobody can say whether their lead is more than noise."
+    )
+
+
+def test_a_like_mean_of_other_losses_is_not_alike(make_study):
+    text = headline(make_study, {"a": {1e-3: by_seed(1, 2)}, "b": {1e-3: by_seed(2, 1)}})
+    assert text.startswith("No sure winner: a")
+
+
 def test_notes_say_what_to_beware_of(make_study):
     def notes(losses, **options):
         study = make_study(losses, **options)
@@ -231,7 +261,50 @@ def test_facts_that_differ_between_runs_are_all_told(make_study):
     ]
     page = render(replace(study, results={**study.results, "adam": runs}))
     assert "<dd>cpu, cuda</dd>" in page
-    assert "<dd>2026-01-01 to 2026-01-09 (9 different)</dd>" in page
+    assert "<dd>2026-01-01 to 2026-01-09</dd>" in page
+
+
+@pytest.mark.parametrize(
+    ("losses", "on_the_page"),
+    [
+        ({label: {1e-3: by_seed(i)} for i, label in enumerate("abc")}, None),
+        (CLEAR, None),
+        (CLEAR | {"c": {1e-3: by_seed(1.0, 2.0)}}, "The 3 p values carry"),
+        (CLEAR | {"c": {1e-3: {7: 1.0}}}, None),  # one pair only has seeds in common
+    ],
+)
+def test_only_p_values_that_exist_are_counted(make_study, losses, on_the_page):
+    study = make_study(losses)
+    page, terminal = render(study), printed(study, 100)
+    assert ("Holm's correction over all pairs" in terminal) is (on_the_page is not None)
+    if on_the_page:
+        assert on_the_page in page
+    else:
+        assert "p values carry" not in page
+    assert ("there is nothing to test" in page) is ("a" in losses)
+
+
+def test_what_has_no_curve_has_a_sentence_instead_of_a_plot(make_study):
+    study = make_study({label: {1e-3: by_seed(INF, INF), 1e-2: by_seed(INF, 1.0)} for label in "ab"})
+    at_once = replace(
+        study,
+        results={
+            label: [
+                replace(run, patterns=[], train_loss=[], validation_loss=[], validation_metric=[], rate_mean=[],
+                        rate_std=[], rate_min=[], rate_max=[], steps=0) if run.status == "diverged" else run
+                for run in runs
+            ]
+            for label, runs in study.results.items()
+        },
+    )  # fmt: skip
+    found = {figure.id: figure for figure in figures(at_once, analyse(at_once))}
+    assert set(found) == {"train-loss", "validation-loss", "metric", "sensitivity", "rates"}
+    assert all(figure.plot is None and figure.caption.startswith("Not drawn: ") for figure in found.values())
+    page = render(at_once)
+    assert page.count("Not drawn: ") == 5
+    assert 'class="plot"' not in page
+    assert "cross marks" not in page
+    assert '<td data-key="" class="number">–<small>1 and 1 of 2 runs diverged</small></td>' in page
 
 
 def test_labels_are_text_not_markup(make_study):
@@ -261,8 +334,8 @@ def test_labels_are_text_not_markup(make_study):
 def test_every_study_has_a_page_of_valid_json(make_study, losses, metric_name):
     page = render(make_study(losses, metric_name=metric_name, seeds=[0, 1]))
     data = re.search(r'id="plots-data">(.*?)</script>', page, re.DOTALL)
-    plots = json.loads(data[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert ("metric" in plots) == (metric_name is not None)
+    json.loads(data[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert ('id="metric-title"' in page) == (metric_name is not None)
 
 
 def test_curves_are_means_over_the_seeds_against_epochs(make_study):
@@ -355,7 +428,7 @@ def test_the_report_is_written_whole_with_its_folder(make_study, tmp_path):
 
 def test_a_report_that_cannot_be_written_is_one_sentence(make_study, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"the report cannot be written to .*file.*report\.html: "):
+    with pytest.raises(UserError, match=r"The report cannot be written to .*file.*report\.html': .*\.$"):
         write_report(make_study(CLEAR), tmp_path / "file" / "report.html")
 
 
@@ -389,7 +462,35 @@ def printed(study: Study, width: int) -> str:
     return console.file.getvalue()
 
 
+LONGEST = "adam-upd[batch=5,rate=0.001,window=3000,etas=0.5:1.2,step_sizes=1e-10:1]"
 LONG = {"srprop[window=600,etas=0.7375:1.2]": GRID["adam"], "momentum": GRID["sgd"]}
+
+
+@pytest.mark.parametrize("width", [40, 50, 60, 80, 120])
+def test_every_row_has_its_name_and_nothing_is_cut_off_at_any_width(make_study, width):
+    text = printed(make_study(GRID | {LONGEST: GRID["sgd"]}), width)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in text
+    rows = lines[next(i for i, line in enumerate(lines) if "───" in line) + 1 :]
+    assert [line.split()[1] for line in rows if line.startswith(("adam ", "sgd "))] == ["1e-3", "0.01"]
+    for piece in ("rate=0.001,", "window=3000,", "etas=0.5:1.2,"):  # a long name is broken after its commas
+        assert piece in text
+    assert "decades" in text
+    header = text[: text.index("───")].rpartition("\n\n")[2]
+    for column, least in {"ms a": 80, "accuracy": 80, "epoch": 80, "diver-": 50, "min train": 60}.items():
+        assert (column in header) is (width >= least), column
+    assert ("The report has the columns" in text) is (width < 80)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_sentences_break_long_names_after_commas_only(make_study, width):
+    losses = {LONGEST: CLOSE["adam"], LONGEST.replace("]", ",undo=none]"): CLOSE["sgd"]}
+    text = printed(make_study(losses), width)
+    assert max(map(len, text.splitlines())) <= width
+    for line in text[text.rindex("───") :].splitlines():
+        assert line.count("[") or not re.search(r"(step_|step_sizes|1e-|etas|=)$", line.strip())
+    assert LONGEST in text  # it fits on a line of its own
 
 
 @pytest.mark.parametrize("width", [80, 100])

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.browser
 
 INF = math.inf
 LABELS = ["sgd", "adam[window=600]", "<b>bold</b>", "srprop[etas=0.7375:1.2,window=600]", "lost", *"fghijkl"]
+LONG = "adam-upd[batch=5,rate=0.001,window=3000,etas=0.5:1.2,step_sizes=1e-10:1]"
 
 
 def by_seed(*losses):
@@ -153,7 +154,7 @@ def test_the_keyboard_sorts_too(open_report):
     page = open_report()
     header(page, "lead of the first", "#pairs").get_by_role("button").focus()
     page.keyboard.press("Enter")
-    leads = [float(text) for text in column(page, "lead of the first", "#pairs") if text != "diverged"]
+    leads = [float(text) for text in column(page, "lead of the first", "#pairs") if text != "–"]
     assert leads == sorted(leads)
     assert len(leads) == 55
     page.keyboard.press("Space")
@@ -177,6 +178,33 @@ def test_the_key_hides_a_method_in_every_plot(open_report):
 def test_the_page_never_scrolls_sideways(open_report, width):
     page = open_report(width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        {
+            LONG: {1e-3: by_seed(INF, 0.1)},
+            "sgd": {1e-3: by_seed(0.3, 0.31)},
+        },  # long in the headline and a note
+        {LONG: {1e-3: by_seed(0.2)}, "sgd": {1e-3: by_seed(0.3)}},
+        {LONG: {}, "sgd": {}},  # nothing to draw
+    ],
+)
+def test_a_page_of_another_study_complains_of_nothing_and_never_scrolls_sideways(
+    browser, make_study, tmp_path, losses
+):
+    complaints = []
+    page = browser.new_page(viewport={"width": 480, "height": 900})
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(write_report(make_study(losses, seeds=[0, 1]), tmp_path / "report.html").as_uri())
+    page.wait_for_selector("html[data-drawn]", state="attached")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 480
+    assert page.locator(".plot").count() == page.locator(".plot .main-svg:first-child").count()
+    assert (page.locator(".plot").count() == 0) is (page.locator(".key").count() == 0)
+    page.close()
+    assert complaints == []
 
 
 def test_the_plots_follow_the_dark(open_report):

@@ -397,3 +397,25 @@ class TestRefusals:
             Store("postgresql+psycopg2://user:hunter2@host/name")
         assert "psycopg2" in sentence(caught)
         assert "hunter2" not in sentence(caught)
+
+
+@pytest.mark.parametrize(
+    ("url", "lasting"),
+    [
+        (":memory:", False),
+        ("sqlite://", False),
+        ("sqlite:///:memory:", False),
+        pytest.param(
+            "sqlite:///file:x?mode=memory&uri=true",
+            False,
+            marks=pytest.mark.filterwarnings("ignore:Selection of the SingletonThreadPool"),
+        ),
+        ("sqlite:///file::memory:?uri=true", False),
+        ("runs.sqlite", True),
+        ("sqlite:///runs.sqlite", True),
+    ],
+)
+def test_a_store_knows_whether_it_outlives_its_closing(url, lasting, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Store(url) as store:
+        assert store.lasting is lasting

@@ -15,10 +15,14 @@ from rich.console import Console
 from surefoot.lab.errors import UserError
 from surefoot.lab.executor import LocalProcesses, usable_cores
 from surefoot.lab.interrupts import Interrupts
-from surefoot.lab.plan import parse_optimizers, parse_rates, specs
+from surefoot.lab.plan import check_size, parse_optimizers, parse_rates, specs
 from surefoot.lab.progress import roughly, shown, wall_seconds
 from surefoot.lab.runs import Method, RunResult, RunSpec, Study, TaskInfo
 from surefoot.lab.store import Store
+
+WORKERS_PER_CORE = 4
+"""More workers than these are refused: each takes its own memory, and they would only wait for each other."""
+REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class Comparison:
         for option, number in numbers:
             if number is not None and number < 1:
                 raise UserError(f"{option} is {number}; it must be at least 1.")
+        most = WORKERS_PER_CORE * usable_cores()
+        if self.workers is not None and self.workers > most:
+            raise UserError(
+                f"--workers is {self.workers}; it may be at most {most} here, {WORKERS_PER_CORE} per usable core."
+            )
         if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", self.device):
             raise UserError(f"--device is {self.device!r}; it must be cpu or cuda.")
         if self.data is not None and not self.data.is_dir():
@@ -109,14 +118,20 @@ def compare(asked: Comparison, console: Console, progress: Console, *, dry_run: 
     if asked.batch is not None:
         requests = [replace(r, batch_size=asked.batch) if r.batch_size is None else r for r in requests]
     rates = parse_rates(asked.rates)
+    check_size(requests, rates, asked.seeds)
     workers = asked.workers or usable_cores()
     with Interrupts() as interrupts, Store(asked.store_url) as store:
+        if not store.lasting:
+            raise UserError(
+                f"--store is {store.name!r}, in memory, where no run is kept; give --store a file."
+            )
         runs: list[RunSpec] = []
         try:
             with LocalProcesses(asked.task, asked.data, asked.device, workers) as executor:
                 with _status(progress, f"loading {asked.task}"):
                     task, methods = executor.prepare(requests, rates)
                 plan = _Plan(task, methods, asked.epochs or task.epochs, range(asked.seeds))
+                command = replace(asked, epochs=plan.epochs, store=asked.store and store.name).command()
                 runs = plan.runs()
                 stored = store.keys(run.key for run in runs)
                 todo = [run for run in runs if run.key not in stored]
@@ -140,8 +155,7 @@ def compare(asked: Comparison, console: Console, progress: Console, *, dry_run: 
             if dry_run:
                 _say(console, "Nothing was trained and nothing was written.")
             else:
-                command = replace(asked, epochs=plan.epochs, store=asked.store and store.name).command()
-                _report(plan, command, store, asked.out / "report.html", console)
+                _report(plan, command, store, asked.out / REPORT, console)
         except KeyboardInterrupt:
             kept = len(store.keys(run.key for run in runs))
             what = (
@@ -186,7 +200,11 @@ def _report(plan: _Plan, command: str, store: Store, path: Path, console: Consol
     }
     study = Study(plan.task, plan.methods, results, plan.epochs, plan.seeds, command)
     print_summary(study, console)
-    write_report(study, path)
+    try:
+        write_report(study, path)
+    except UserError as error:
+        kept = f"every run is kept in {store.name}"
+        raise UserError(f"{str(error).rstrip('.')} ({kept}).") from error
     _say(console, f"Report: {path}")
 
 
@@ -235,6 +253,8 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"--out is {str(folder)!r}, but {str(nearest)!r} is no folder.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"--out is {str(folder)!r}, but {str(nearest)!r} may not be written.")
+    if (folder / REPORT).is_dir():
+        raise UserError(f"The report cannot be written to {str(folder / REPORT)!r}, which is a folder.")
 
 
 def _make_folder(folder: Path) -> None:

@@ -19,6 +19,9 @@ _FLOAT = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _INFINITY = re.compile(r"[+-]?inf", re.IGNORECASE)
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.+/-]*")
 _CONSTANTS: Mapping[str, Scalar] = {"true": True, "false": False, "none": None}
+MOST_RUNS = 100_000
+"""A comparison of more runs is refused: it would take minutes to plan and most likely years to train."""
+
 _LONGEST_INTEGER = 18  # digits: what fits into 64 bits, and so into every tensor and every database
 
 
@@ -64,6 +67,20 @@ def parse_rates(text: str) -> tuple[float, ...]:
     """
     rates = [rate for item in text.split(",") for rate in _rates_of(item.strip(), text)]
     return tuple(sorted(set(rates)))
+
+
+def check_size(requests: Sequence[MethodRequest], rates: Sequence[float], seeds: int) -> None:
+    """Refuses a comparison of too many runs, before any of them is made up.
+
+    Raises:
+        UserError: it has more than ``MOST_RUNS``.
+    """
+    runs = seeds * sum(len(rates) if request.rate is None else 1 for request in requests)
+    if runs > MOST_RUNS:
+        raise UserError(
+            f"The comparison has {runs:,} runs and may have at most {MOST_RUNS:,}; "
+            "ask for fewer seeds, rates or optimizers."
+        )
 
 
 def specs(task: TaskInfo, methods: Sequence[Method], epochs: int, seeds: Sequence[int]) -> list[RunSpec]:
@@ -134,6 +151,12 @@ def _expand(item: str) -> Iterator[MethodRequest]:
         if key in alternatives:
             raise UserError(f"{item.strip()!r} gives {key} twice; separate alternatives by '|': {key}=1|2.")
         alternatives[key] = values
+    combinations = math.prod(map(len, alternatives.values()))
+    if combinations > MOST_RUNS:
+        raise UserError(
+            f"--optimizers asks for {combinations:,} combinations of settings of {name!r}; "
+            f"a comparison may have at most {MOST_RUNS:,} runs."
+        )
     for texts in itertools.product(*alternatives.values()):
         label = f"{name}[{','.join(f'{key}={text}' for key, text in zip(alternatives, texts, strict=True))}]"
         settings = {key: _value(text, key, label) for key, text in zip(alternatives, texts, strict=True)}

@@ -153,6 +153,11 @@ class Analysis:
     pairs: tuple[Pair, ...]
     """Every pair, the better placed one first, in the order of ``summaries``."""
 
+    @property
+    def tested(self) -> int:
+        """How many pairs have a p value: Holm's correction is over these."""
+        return sum(not math.isnan(pair.p) for pair in self.pairs)
+
     def pair(self, first: str, second: str) -> Pair:
         """The pair of these two labels, the better placed one named first."""
         return next(pair for pair in self.pairs if (pair.first, pair.second) == (first, second))

@@ -69,6 +69,8 @@ class Store:
         self.name, parsed = _parse(url)
         """The store as a person reads it: the path, or the URL without its password."""
         self._file = _sqlite_file(parsed)
+        self.lasting = not _vanishes(parsed)
+        """Whether the runs are there after :meth:`close`; SQLite can hold a database in memory."""
         arguments = {"timeout": timeout} if parsed.get_backend_name() == "sqlite" else {}
         try:
             self._engine = sa.create_engine(parsed, connect_args=arguments)
@@ -264,6 +266,17 @@ def _sqlite_file(url: sa.URL) -> Path | None:
     if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
         return None
     return None if url.database.startswith("file:") else Path(url.database)
+
+
+def _vanishes(url: sa.URL) -> bool:
+    """Whether SQLite drops the database when it is closed: it is in memory, or a temporary file without a name."""
+    if url.get_backend_name() != "sqlite":
+        return False
+    if not url.database or url.database == ":memory:":
+        return True
+    return url.database.startswith("file:") and (
+        url.database.startswith("file::memory:") or "memory" in (url.query.get("mode"), url.query.get("vfs"))
+    )
 
 
 def _take_over_transactions(engine: sa.Engine) -> None:

@@ -71,8 +71,8 @@ class Figure:
     id: str
     title: str
     caption: str
-    plot: dict[str, Any]
-    """``data`` and ``layout`` for ``Plotly.newPlot``. A trace's ``meta`` is the position of its method in the study."""
+    plot: dict[str, Any] | None
+    """``data`` and ``layout`` for ``Plotly.newPlot``; ``None`` if there is no curve, as the caption says. A trace's ``meta`` is the position of its method in the study."""
 
 
 def style(position: int) -> Style:
@@ -90,13 +90,13 @@ def figures(study: Study, analysis: Analysis) -> list[Figure]:
     spread = "Line: mean over the seeds at the best initial rate; band: ± one standard deviation."
     cut = "A cross marks where the first of a method's runs diverged." if _any_cut(analysis) else ""
     found = [
-        Figure(
+        _figure(
             "train-loss",
             "Training loss",
             f"{spread} Mean over each block of patterns, before each update. {cut}".strip(),
             _curves(study, analysis, "train_loss", "training loss"),
         ),
-        Figure(
+        _figure(
             "validation-loss",
             "Validation loss",
             f"{spread} {cut}".strip(),
@@ -106,21 +106,34 @@ def figures(study: Study, analysis: Analysis) -> list[Figure]:
     if study.task.metric_name:
         title = f"Validation {study.task.metric_name}"
         plot = _curves(study, analysis, "validation_metric", title.lower(), may_be_log=False)
-        found.append(Figure("metric", title, f"{spread} Higher is better.", plot))
+        found.append(_figure("metric", title, f"{spread} Higher is better.", plot))
     if any(len(summary.rates) > 1 for summary in analysis.summaries):
         caption = (
             "Final validation loss at each initial rate, mean ± one standard deviation over the seeds; the star is the "
             "method's best. A rate of which any run diverged has no mean: it is a cross in the strip above."
         )
-        found.append(
-            Figure("sensitivity", "Sensitivity to the initial rate", caption, _sensitivity(study, analysis))
-        )
+        title = "Sensitivity to the initial rate"
+        if any(math.isfinite(point.loss.mean) for summary in analysis.summaries for point in summary.rates):
+            found.append(Figure("sensitivity", title, caption, _sensitivity(study, analysis)))
+        else:
+            found.append(
+                Figure("sensitivity", title, "Not drawn: at every rate of every method a run diverged.", None)
+            )
     caption = (
         "Mean of the effective rate over all weights, at the best initial rate, averaged over the seeds; band: ± one "
         "standard deviation over the weights. Where it reaches zero it runs off the bottom."
     )
-    found.append(Figure("rates", "Evolution of the rate", caption, _rates(study, analysis)))
+    found.append(_figure("rates", "Evolution of the rate", caption, _rates(study, analysis)))
     return found
+
+
+def _figure(id: str, title: str, caption: str, plot: dict[str, Any]) -> Figure:
+    """A plot of curves over the epochs, or a sentence where there is no curve."""
+    if plot["data"]:
+        return Figure(id, title, caption, plot)
+    return Figure(
+        id, title, "Not drawn: no method has a point that all its runs at its best rate reached.", None
+    )
 
 
 def _curves(
@@ -330,7 +343,12 @@ def _by_position(study: Study, analysis: Analysis) -> Iterable[tuple[int, Summar
 
 
 def _any_cut(analysis: Analysis) -> bool:
-    return any(run.status == "diverged" for summary in analysis.summaries for run in summary.best_runs)
+    """Whether a curve ends in a cross: some run diverged, but none of its method's before its first point."""
+    return any(
+        all(run.patterns for run in summary.best_runs)
+        and any(run.status == "diverged" for run in summary.best_runs)
+        for summary in analysis.summaries
+    )
 
 
 def _plain(label: str) -> str:

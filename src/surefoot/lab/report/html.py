@@ -65,7 +65,9 @@ def write_report(study: Study, path: str | Path) -> Path:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"the report cannot be written to {path}: {error.strerror or error}") from error
+        raise UserError(
+            f"The report cannot be written to {str(path)!r}: {error.strerror or error}."
+        ) from error
     return path
 
 
@@ -91,10 +93,11 @@ def render(study: Study) -> str:
         summary_rows=[
             _summary_row(study, summary, positions[summary.label]) for summary in analysis.summaries
         ],
+        p_values=analysis.tested,
         pair_rows=[_pair_row(pair, positions) for pair in analysis.pairs],
         pair_columns=_pair_columns(),
         figures=plots,
-        plots={plot.id: _json_values(plot.plot) for plot in plots},
+        plots={plot.id: _json_values(plot.plot) for plot in plots if plot.plot},
         facts=_facts(study, runs),
         environment=_environment_facts(runs),
         settings=_settings,
@@ -164,11 +167,13 @@ def _pair_columns() -> list[tuple[str, str]]:
 
 def _pair_row(pair: Pair, positions: dict[str, int]) -> list[Cell]:
     lead = words.lead(pair)
-    size, interval = (words.DIVERGED, "") if any(pair.diverged) else words.with_interval(lead)
+    size, detail = words.with_interval(lead)
+    if any(pair.diverged):
+        size, detail = words.NOTHING, f"{pair.diverged[0]} and {pair.diverged[1]} of {lead.n} runs diverged"
     return [
         Cell(pair.first, key=pair.first, position=positions[pair.first]),
         Cell(pair.second, key=pair.second, position=positions[pair.second]),
-        Cell(size, interval, lead.mean),
+        Cell(size, detail, math.nan if any(pair.diverged) else lead.mean),
         Cell(words.p_number(pair.p_holm), key=pair.p_holm),
         Cell(words.verdict(pair), key=words.verdict(pair)),
         Cell(words.seeds(pair.seeds_to_tell), key=pair.seeds_to_tell),
@@ -204,7 +209,9 @@ def _environment_facts(runs: Iterable[RunResult]) -> list[tuple[str, str]]:
     facts = []
     for name, found in values.items():
         texts = [str(value) for value in sorted(found, key=lambda value: (str(type(value)), value))]
-        if len(texts) > FEW_VALUES:
+        if name == "started" and len(texts) > 1:  # that they differ goes without saying
+            text = f"{texts[0]} to {texts[-1]}"
+        elif len(texts) > FEW_VALUES:
             text = f"{texts[0]} to {texts[-1]} ({len(texts)} different)"
         else:
             text = ", ".join(texts)
@@ -221,8 +228,8 @@ def _value_text(value: Value) -> str:
 
 
 def _breakable(label: str) -> Markup:
-    """``label`` with the places where a line may end."""
-    return Markup(re.sub(r"([\[,|])", r"\1<wbr>", str(escape(label))))
+    """A label, or a sentence with labels in it, with the places where a line may end inside of a label."""
+    return Markup(re.sub(r"([\[,|])(?!\s|$)", r"\1<wbr>", str(escape(label))))
 
 
 def _json_values(plot: dict) -> dict:

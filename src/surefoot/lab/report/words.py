@@ -38,7 +38,9 @@ def rounded(values: Sequence[float], spread: float) -> list[str]:
     decimals = 1 - math.floor(math.log10(spread))
     if decimals > 6 or max(abs(value) for value in values) >= 1e6:
         return [number(value) for value in values]
-    return [f"{value:.{max(decimals, 0)}f}" for value in values]
+    decimals = max(decimals, 0)
+    # Rounded before: what rounds to nothing has no sign. "+ 0.0" turns -0.0 into 0.0.
+    return [f"{round(value, decimals) + 0.0:.{decimals}f}" for value in values]
 
 
 def with_sd(estimate: Estimate) -> tuple[str, str]:
@@ -108,7 +110,7 @@ def listing(items: Sequence[str]) -> str:
 def lead(pair: Pair) -> Estimate:
     """By how much the first's loss is the lower: the difference with its sign turned."""
     d = pair.difference
-    return Estimate(d.n, -d.mean, d.sd, -d.high, -d.low)
+    return Estimate(d.n, 0.0 - d.mean, d.sd, 0.0 - d.high, 0.0 - d.low)  # not "-x", which makes a zero "-0"
 
 
 def verdict(pair: Pair) -> str:
@@ -153,6 +155,9 @@ def headline(analysis: Analysis) -> str:
     if math.isinf(winner.final_loss.mean):
         return "No winner: every method diverged in at least one run at every rate it was given."
     reached = f"final validation loss, {with_interval(winner.final_loss)[0]} at rate {rate(winner.best_rate)}"
+    alike = [other for other in others if other.losses == winner.losses]
+    if alike:
+        return _alike(analysis, [winner, *alike], [other for other in others if other not in alike])
     if not others:
         return f"{winner.label} alone was run: its best {reached}."
     pairs = [analysis.pair(winner.label, other.label) for other in others]
@@ -195,6 +200,27 @@ def notes(study: Study, analysis: Analysis) -> list[str]:
             "which flatters a method the more rates it was given."
         )
     return found
+
+
+def _alike(analysis: Analysis, first: Sequence[Summary], others: Sequence[Summary]) -> str:
+    """The headline where the best ones have the same loss in every seed. What holds of one of them holds of all."""
+    labels, best = [summary.label for summary in first], first[0]
+    who = listing(labels) if len(labels) <= MOST_NAMES else f"{labels[0]} and {len(labels) - 1} others"
+    text = (
+        f"{who} end alike, with {'the lowest' if others else 'the same'} final validation loss in "
+        f"{'the only seed' if best.final_loss.n == 1 else f'all {best.final_loss.n} seeds'}: "
+        f"{with_interval(best.final_loss)[0]}{' on average' if best.final_loss.n > 1 else ''}."
+    )
+    pairs = [analysis.pair(best.label, other.label) for other in others]
+    beaten = [pair.second for pair in pairs if pair.verdict == "first"]
+    unsure = [pair.second for pair in pairs if pair.verdict == "noise"]
+    if beaten:
+        text += f" They are better than {_names(beaten)} by more than noise."
+    if unsure:
+        text += f" They are not surely ahead of {_names(unsure)}."
+    if len(beaten) + len(unsure) < len(pairs):
+        text += " With fewer than 2 seeds in common nobody can say whether their lead is more than noise."
+    return text
 
 
 def _lead(pair: Pair, other: Summary) -> str:
