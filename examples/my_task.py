@@ -6,13 +6,14 @@ Compare optimizers on it with
 
 What a task is: a function without arguments that returns a `Task`, which holds
 
-- `model`: a function that makes a fresh model; surefoot calls it once a run, after seeding torch with the run's seed,
+- `model`: a function that makes a new model at each call; surefoot calls it for each run, after seeding torch, NumPy
+  and Python's `random` with the run's seed,
 - `train` and `validation`: inputs and targets as whole tensors, the first axis being the patterns,
 - `loss` (the mean over a batch, a scalar) and, if you like, a `metric` of which more is better,
 - `batch_size` and `epochs`: what is used unless the command line says otherwise.
 
 Keep the split and the preparation of the data the same at every call: every run is to see the same data, and a stored
-run counts again only for a task with the same data. Editing this file makes it another task. If your data are in
+run counts again only for a task with the same data. Editing this file, or one of yours that it imports, makes it another task. If your data are in
 files, give the function a parameter named `data`: it gets the folder that was named with --data (or None).
 """
 

@@ -183,6 +183,28 @@ class TestResolve:
         assert str(error.value).endswith(".")
         assert "\n" not in str(error.value)
 
+    @pytest.mark.parametrize("name", CATALOGUE)
+    def test_rates_beyond_single_precision_are_refused(self, name):
+        (request,) = parse_optimizers(name)
+        for rate in (1e39, 1e-50):
+            with pytest.raises(UserError, match=f"Optimizer {name}: ") as error:
+                resolve(request, (1e-3, rate))
+            assert str(error.value).endswith(".")
+            assert "\n" not in str(error.value)
+
+    def test_the_rates_that_can_be_used_are_named(self):
+        (request,) = parse_optimizers("sgd[rate=1e-50]")
+        with pytest.raises(UserError, match=r"rate 1e-50 cannot be used; .* from 1.2e-38 to 3.4e\+38\.$"):
+            resolve(request)
+
+    @pytest.mark.parametrize("text", ["sgd[weight_decay=1e39]", "srprop[step_sizes=0.1:1e39]"])
+    def test_so_are_such_settings(self, text):
+        (request,) = parse_optimizers(text)
+        with pytest.raises(
+            UserError, match=r"\] takes numbers of single precision, up to 3.4e\+38, not 1e\+39\.$"
+        ):
+            resolve(request, (1e-3,))
+
     def test_every_rate_is_tried(self):
         (request,) = parse_optimizers("srprop")
         with pytest.raises(UserError, match="initial_rate must be above 0"):

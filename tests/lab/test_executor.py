@@ -143,7 +143,15 @@ class TestRuns:
         with pytest.raises(RuntimeError, match="with statement"):
             list(pool.run([]))
 
-    def test_there_is_a_process_for_each_core_of_ours(self):
+    def test_start_no_more_processes_than_there_is_work(self, task_file):
+        with LocalProcesses(task_file(), workers=200) as pool:
+            assert pool.workers == 200
+            wanted = planned(pool, "sgd", rates=(0.1,), seeds=(0,))
+            pool.estimate(wanted)
+            assert len(list(pool.run(wanted))) == 1
+            assert len(multiprocessing.active_children()) == 1
+
+    def test_there_may_be_a_process_for_each_core_of_ours(self):
         assert LocalProcesses("digits").workers == usable_cores() == len(os.sched_getaffinity(0))
 
 
@@ -193,6 +201,34 @@ class TestErrors:
         with LocalProcesses(changed, workers=1) as pool, pytest.raises(UserError, match=said):
             list(pool.run(wanted))
 
+    def test_data_that_differ_at_each_call_are_said(self, task_file):
+        reference = task_file()
+        path = Path(reference.removesuffix(":task"))
+        path.write_text(path.read_text().replace(", generator=torch.Generator().manual_seed(0)", ""))
+        with LocalProcesses(reference, workers=1) as pool:
+            wanted = planned(pool)
+        said = r"^Task own gives other data at every call; seed what it draws them from\.$"
+        with LocalProcesses(reference, workers=1) as pool, pytest.raises(UserError, match=said):
+            list(pool.run(wanted))
+
+    def test_a_task_that_was_loaded_while_it_was_written_is_loaded_again(self, task_file):
+        reference = task_file()
+        path = Path(reference.removesuffix(":task"))
+        whole = path.read_text()
+        with LocalProcesses(reference, workers=1) as pool:
+            wanted = planned(pool)
+        path.write_text(whole + "# half")
+        with LocalProcesses(reference, workers=1) as pool:
+            planned(pool)  # this process has loaded the half
+            path.write_text(whole)
+            assert len(list(pool.run(wanted))) == len(wanted)
+
+    def test_an_interrupt_that_the_task_makes_is_an_error_of_the_task(self, task_file):
+        reference = task_file("raise KeyboardInterrupt")
+        said = r"^An error ended the preparation of the task: KeyboardInterrupt \(own.py, line 11\)\.$"
+        with LocalProcesses(reference, workers=1) as pool, pytest.raises(UserError, match=said):
+            planned(pool)
+
 
 class TestDeath:
     @pytest.mark.slow
@@ -218,9 +254,17 @@ class TestDeath:
         with LocalProcesses(reference, workers=1) as pool:
             wanted = planned(pool, "adam", rates=(0.5,), seeds=(7,))
             (tmp_path / "die").touch()
-            said = r"died twice during the run of adam at rate 0.5 with seed 7 \(ended by SIGKILL\)"
+            said = r"of adam at rate 0.5 with seed 7 \(ended by SIGKILL\); is there enough memory\?$"
             with pytest.raises(UserError, match=said):
                 list(pool.run(wanted))
+
+    def test_an_exit_of_its_own_has_nothing_to_do_with_memory(self, task_file):
+        said = r"^Its process died twice during the preparation of the task \(exit code 3\)\.$"
+        with (
+            LocalProcesses(task_file("os._exit(3)"), workers=1) as pool,
+            pytest.raises(UserError, match=said),
+        ):
+            planned(pool)
 
     @pytest.mark.slow
     def test_a_process_killed_while_idle_is_replaced(self, task_file, tmp_path):
@@ -312,12 +356,16 @@ class TestEnding:
 
     def test_a_worker_does_not_hear_ctrl_c_even_while_it_starts(self, task_file, capfd):
         with LocalProcesses(task_file(), workers=2) as pool:
+            wanted = planned(pool)
+            results = pool.run(wanted)
+            done = [next(results)]
             started = {child.pid for child in multiprocessing.active_children()}
+            assert len(started) == 2  # the second one has only just begun
             for _ in range(50):  # from its first moment on, through Python's start and the import of torch
                 for pid in started:
                     os.kill(pid, signal.SIGINT)
                 time.sleep(0.02)
-            assert len(list(pool.run(planned(pool)))) == 8
+            assert len([*done, *results]) == len(wanted) == 8
             assert {child.pid for child in multiprocessing.active_children()} == started
         assert capfd.readouterr().err == ""
 

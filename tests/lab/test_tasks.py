@@ -2,7 +2,10 @@
 
 import gzip
 import hashlib
+import importlib
+import math
 import os
+import random
 import sys
 from dataclasses import replace
 
@@ -162,6 +165,19 @@ def changed(pair, part=0):
     return tuple(tensors)
 
 
+def holed(pair, part=0, hole=math.nan):
+    """The pair with one number lost in the last pattern but one of one of its tensors."""
+    tensors = [tensor.clone() for tensor in pair]
+    tensors[part][-2, -1] = hole
+    return tuple(tensors)
+
+
+class Buffered(nn.Linear):
+    def __init__(self, name="offset", **options):
+        super().__init__(3, 1)
+        self.register_buffer(name, torch.zeros(1, **options))
+
+
 class TestVersion:
     @pytest.mark.parametrize(
         "changes",
@@ -175,8 +191,13 @@ class TestVersion:
             {"model": lambda: nn.Linear(3, 1, bias=False)},
             {"block": 10},
             {"version": "2"},
+            {"metric": nn.functional.l1_loss},
+            {"model": Buffered},
         ],
-        ids=["input", "target", "validation input", "validation target", "type", "deeper", "bias", "block", "version"],
+        ids=[
+            *("input", "target", "validation input", "validation target", "type", "deeper", "bias"),
+            *("block", "version", "metric", "buffer"),
+        ],
     )  # fmt: skip
     def test_changes_with_what_decides_the_numbers(self, changes):
         double = changes.get("train", task().train)[0].dtype == torch.float64
@@ -194,6 +215,23 @@ class TestVersion:
             train=(torch.ones(4, 3), torch.ones(4, 1, 1)), batch_size=4, loss=lambda o, t: o.mean() + t.mean()
         )
         assert describe(flat).version != describe(other).version
+
+    def test_a_metric_of_another_name_is_another(self):
+        def described(name):
+            return describe(task(metric=nn.functional.l1_loss, metric_name=name))
+
+        assert described("error").version != described("distance").version
+        assert describe(task(metric_name="unused")).version == describe(task()).version
+
+    def test_buffers_count_with_name_and_type_and_parameters_with_their_type(self):
+        models = [
+            Buffered,
+            lambda: Buffered("shift"),
+            lambda: Buffered(dtype=torch.float64),
+            lambda: nn.Sequential(Floats(torch.float64), nn.Linear(3, 1).double(), Floats()),
+            lambda: nn.Sequential(Floats(), nn.Linear(3, 1), Floats()),
+        ]
+        assert len({describe(task(model=model)).version for model in models}) == len(models)
 
     def test_layers_of_another_width_are_another_model(self):
         def described(width):
@@ -215,14 +253,82 @@ class TestVersion:
             assert len(description.version) == 64
 
     def test_describing_leaves_the_random_state_alone(self):
-        before = torch.get_rng_state()
+        np.random.seed(1)
+        random.seed(1)
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
         describe(task())
-        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+
+    def test_describing_leaves_the_data_alone(self):
+        class InPlace(nn.Linear):
+            def forward(self, x):
+                return super().forward(x.mul_(2))
+
+        plain = task()
+        before = [tensor.clone() for tensor in (*plain.train, *plain.validation)]
+        describe(replace(plain, model=lambda: InPlace(3, 1)))
+        for tensor, copy in zip((*plain.train, *plain.validation), before, strict=True):
+            assert torch.equal(tensor, copy)
 
 
 class Floats(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.dtype = dtype
+
     def forward(self, x):
-        return x.float()
+        return x.to(self.dtype)
+
+
+def drawn(draw):
+    """A model function whose weights are ``draw``'s."""
+
+    def model():
+        made = nn.Linear(3, 1)
+        with torch.no_grad():
+            made.weight.mul_(draw())
+        return made
+
+    return model
+
+
+class TestModelFunction:
+    @pytest.mark.parametrize("shared", ["model", "parameter", "memory"])
+    def test_that_returns_the_same_weights_each_time_is_refused(self, shared):
+        kept = nn.Linear(3, 1)
+
+        def model():
+            made = nn.Linear(3, 1)
+            if shared == "parameter":
+                made.weight = kept.weight
+            if shared == "memory":
+                made.weight = nn.Parameter(kept.weight.detach())
+            return kept if shared == "model" else made
+
+        with pytest.raises(UserError, match=r"returns the same model .* each time; make a new one") as error:
+            describe(task(model=model))
+        assert "Task plain" in sentence(error)
+
+    @pytest.mark.parametrize(
+        "draw", [random.random, np.random.rand, torch.rand(()).uniform_], ids=["python", "numpy", "torch"]
+    )
+    def test_may_draw_from_any_global_random_state(self, draw):
+        assert describe(task(model=drawn(draw))) == describe(task())
+
+    def test_that_draws_from_elsewhere_is_refused(self):
+        generator = np.random.default_rng(0)
+        with pytest.raises(UserError, match="other weights from the same seed") as error:
+            describe(task(model=drawn(generator.random)))
+        sentence(error)
+
+    def test_may_tie_weights_and_leave_shapes_to_the_first_batch(self):
+        def tied():
+            made = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.LazyLinear(1))
+            made[1].weight = made[0].weight
+            return made
+
+        assert describe(task(model=tied)).parameters == 9 + 3 + 3 + 3 + 1
 
 
 class TestRefused:
@@ -262,13 +368,18 @@ class TestRefused:
             ({"model": lambda: nn.Linear(4, 1)}, r"train data \(inputs \(5, 3\) and targets \(5, 1\)\) fails"),
             ({"validation": (torch.ones(5, 2), torch.ones(5, 1))}, r"validation data \(inputs \(5, 2\)"),
             ({"loss": lambda o, t: (o - t) ** 2}, r"its loss must be a scalar .* of shape \(5, 1\)"),
-            ({"loss": lambda o, t: 1.0}, "its loss must be a scalar tensor, .* not float"),
+            ({"metric": lambda o, t: (o > t).sum()}, "its metric must be a scalar tensor of a floating-point type, .* int64"),
+            ({"metric": lambda o, t: (o > t).all()}, "its metric must be a scalar tensor of a floating-point type, .* bool"),
+            ({"loss": lambda o, t: 1.0}, "its loss must be a scalar tensor .* not float"),
             ({"metric": lambda o, t: o == t}, "its metric must be a scalar"),
             ({"loss": lambda o, t: t.mean()}, "does not depend on the model"),
             ({"loss": lambda o, t: o.mean() * float("nan")}, "its loss on the first train data is nan"),
             ({"loss": lambda o, t: o.mean() / 0}, "its loss on the first train data is -?inf"),
-            ({"train": (torch.full((5, 3), float("nan")), torch.ones(5, 1))}, "train data is nan"),
-            ({"validation": (torch.full((5, 3), float("nan")), torch.ones(5, 1))}, "validation data is nan"),
+            ({"train": holed(task().train)}, r"its train inputs hold NaN or infinity, first in pattern 13 .* of 15"),
+            ({"train": holed(task().train, part=1)}, "its train targets hold NaN"),
+            ({"validation": holed(task().validation, hole=-math.inf)}, "its validation inputs hold NaN or infinity, first in pattern 3 "),
+            ({"validation": holed(task().validation, part=1)}, "its validation targets hold NaN"),
+            ({"validation": tuple(t.flatten()[:5] for t in holed(task().validation, part=1))}, "targets .* first in pattern 3 "),
             ({"metric": lambda o, t: o.mean() * float("nan")}, "its metric on the first train data is nan"),
         ],
     )  # fmt: skip
@@ -352,6 +463,48 @@ class TestOwnFile:
             FILE.replace("import torch\n", "import torch\nfrom surefoot_test_neighbour import WIDTH\n")
         )
         assert load(f"{path}:task").name == "own"
+
+    def test_another_function_of_a_file_is_another_version(self, own):
+        path = own(FILE + "\n\nother = task\n")
+        task, other, again = (describe(load(f"{path}:{name}")).version for name in ("task", "other", "task"))
+        assert task == again != other
+
+    def test_what_it_imports_is_part_of_its_version_and_read_anew(self, own, tmp_path):
+        (tmp_path / "surefoot_test_package").mkdir()
+        own("", "surefoot_test_package/__init__.py")
+        own("from surefoot_test_package.deep import SIZE\n", "surefoot_test_neighbour.py")
+        own("SIZE = 2\n", "surefoot_test_package/deep.py")
+        path = own(
+            FILE.replace(
+                "import torch\n", "import torch\nfrom surefoot_test_neighbour import SIZE\n"
+            ).replace("batch_size=2", "batch_size=SIZE")
+        )
+        first, same = load(f"{path}:task"), load(f"{path}:task")
+        own("SIZE = 1 + 2\n", "surefoot_test_package/deep.py")
+        edited = load(f"{path}:task")
+        assert (first.batch_size, edited.batch_size) == (2, 3)
+        assert first.version == same.version != edited.version
+
+    def test_what_others_had_imported_from_its_folder_is_part_of_its_version(
+        self, own, tmp_path, monkeypatch
+    ):
+        own("SIZE = 2\n", "surefoot_test_early.py")
+        path = own(FILE.replace("import torch\n", "import torch\nimport surefoot_test_early\n"))
+        monkeypatch.syspath_prepend(tmp_path)
+        module = importlib.import_module("surefoot_test_early")
+        early = load(f"{path}:task").version
+        assert sys.modules.pop("surefoot_test_early") is module
+        assert load(f"{path}:task").version == early
+        own("SIZE = 1 + 2\n", "surefoot_test_early.py")
+        assert load(f"{path}:task").version != early
+
+    def test_libraries_are_no_part_of_its_version(self, own):
+        path = own(FILE.replace("import torch\n", "import torch\nimport this\n"))
+        importlib.import_module("this")
+        loaded_before = load(f"{path}:task").version
+        del sys.modules["this"]
+        assert load(f"{path}:task").version == loaded_before
+        assert "this" in sys.modules
 
     def test_is_given_the_data_folder_if_it_asks(self, own, tmp_path):
         path = own(FILE.replace("task():", "task(data):").replace('"own"', "str(data)"))

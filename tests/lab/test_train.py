@@ -2,11 +2,13 @@
 
 import json
 import math
+import random
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -17,8 +19,9 @@ from surefoot.lab.catalogue import resolve
 from surefoot.lab.errors import UserError
 from surefoot.lab.plan import parse_optimizers
 from surefoot.lab.runs import RunSpec
+from surefoot.lab.streams import stream_seed
 from surefoot.lab.tasks import Task
-from surefoot.lab.train import estimate_seconds, stream_seed, train
+from surefoot.lab.train import estimate_seconds, train
 
 PATTERNS, FEATURES, CLASSES = 37, 5, 3
 
@@ -186,10 +189,47 @@ class TestSeeds:
         assert results[0] == results[1]
 
     def test_a_failing_run_gives_the_random_state_back_too(self):
-        before = torch.get_rng_state()
+        np.random.seed(1)
+        random.seed(1)
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
         with pytest.raises(ZeroDivisionError):
             train(make_task(loss=lambda o, t: 1 / 0), make_spec())
-        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+
+    @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
+    def test_rule_pythons_and_numpys_random_numbers_too(self, draw):
+        drawn = []
+
+        def model():
+            drawn.append(("weights", draw()))
+            made = nn.Linear(FEATURES, CLASSES)
+            made.register_forward_pre_hook(lambda *_: drawn.append(("training", draw())))
+            return made
+
+        met = {}
+        for optimizer, seed in (("sgd", 0), ("adam", 0), ("sgd", 1)):
+            drawn.clear()
+            train(make_task(model=model), make_spec(optimizer, rate=0.01, epochs=1, seed=seed))
+            met[optimizer, seed] = list(drawn)
+            draw()  # what goes on between runs does not matter
+        assert met["sgd", 0] == met["adam", 0]
+        assert not set(met["sgd", 0]) & set(met["sgd", 1])
+        assert met["sgd", 0][0][1] != met["sgd", 0][1][1]  # two streams
+
+
+class TestData:
+    def test_are_left_alone_by_a_model_that_changes_its_input(self):
+        class InPlace(nn.Linear):
+            def forward(self, x):
+                return super().forward(x.mul_(2))
+
+        task = make_task(model=lambda: InPlace(FEATURES, CLASSES))
+        before = [tensor.clone() for tensor in (*task.train, *task.validation)]
+        first = numbers(train(task, make_spec()))
+        for tensor, copy in zip((*task.train, *task.validation), before, strict=True):
+            assert torch.equal(tensor, copy)
+        assert numbers(train(task, make_spec())) == first
 
 
 def first_weights(seed, optimizer="sgd"):
@@ -356,10 +396,26 @@ class TestDivergence:
         with pytest.raises(ValueError, match="a mistake"):
             train(make_task(loss=loss), make_spec())
 
-    def test_a_metric_that_is_no_number_is_said(self):
-        task = make_task(metric=lambda o, t: o.mean() * math.nan, metric_name="skill")
-        with pytest.raises(UserError, match=r"Task small: its skill is nan where the loss is \d"):
-            train(task, make_spec())
+    def test_a_metric_that_is_no_number_is_divergence_too(self):
+        def metric(outputs, targets):
+            metric.pieces += 1
+            return outputs.mean() * (
+                math.nan if metric.pieces > 3 else 1
+            )  # in the second point of the curves
+
+        metric.pieces = 0
+        result = train(make_task(metric=metric), make_spec())
+        assert (result.status, list(result.patterns)) == ("diverged", [PATTERNS])
+        assert len(result.validation_metric) == len(result.validation_loss) == 1
+        json.dumps(result.to_dict(), allow_nan=False)
+
+    def test_an_estimate_of_it_comes_to_an_end(self):
+        def loss(outputs, targets):
+            if not torch.isfinite(outputs).all():
+                raise ValueError("all elements of input should be between 0 and 1")
+            return outputs.mean() * 1e38
+
+        assert estimate_seconds(make_task(loss=loss), make_spec(rate=1e30)) > 0
 
 
 class TestBatchNorm:
@@ -373,6 +429,9 @@ class TestBatchNorm:
         ) as error:
             train(make_task(model=self.MODEL), make_spec(batch_size=6))
         assert "\n" not in str(error.value)
+        with pytest.raises(UserError) as estimating:
+            estimate_seconds(make_task(model=self.MODEL), make_spec(batch_size=6))
+        assert str(estimating.value) == str(error.value)
 
     def test_nothing_is_left_over_silently(self):
         seen = []
@@ -384,6 +443,20 @@ class TestBatchNorm:
 
         train(make_task(model=lambda: Watched(FEATURES, CLASSES)), make_spec(batch_size=6, epochs=1))
         assert seen[:7] == [6] * 6 + [1]
+
+
+def test_gradients_that_an_optimizer_does_not_take_are_said_in_its_words():
+    task = Task(
+        name="sparse",
+        model=lambda: nn.Sequential(nn.EmbeddingBag(10, 4, sparse=True), nn.Linear(4, 2)),
+        train=(torch.arange(10).view(10, 1), torch.arange(10) % 2),
+        validation=(torch.arange(10).view(10, 1), torch.arange(10) % 2),
+        loss=nn.functional.cross_entropy,
+    )
+    for attempt in (train, estimate_seconds):
+        with pytest.raises(UserError, match=r"^Optimizer adam: .*sparse.*[^.]\.$") as error:
+            attempt(task, make_spec("adam"))
+        assert "\n" not in str(error.value)
 
 
 class TestTime:

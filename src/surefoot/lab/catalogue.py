@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +21,7 @@ from surefoot.optim.rules import Constant, Rule, Window
 if TYPE_CHECKING:
     from surefoot.lab.plan import MethodRequest
 
+_SINGLE = torch.finfo(torch.float32)
 _RATE_NAMES = ("rate", "initial_rate")  # what the optimizers call the number that a comparison varies
 _NOT_SETTINGS = frozenset({"params", "lr", "maximize", "track_rates", "models", *_RATE_NAMES})
 
@@ -103,7 +105,7 @@ def resolve(request: MethodRequest, rates: Sequence[float] = ()) -> dict[str, Va
     """All settings of what was asked for, defaults included, each of its default's type.
 
     Every rate is tried too (``request.rate`` or ``rates``), on a parameter of no consequence, so that what an optimizer
-    refuses is known before anything is trained.
+    refuses is known before anything is trained; and so is what weights of single precision cannot take.
 
     Raises:
         UserError: no such optimizer or setting, or a value that it does not take.
@@ -121,8 +123,20 @@ def resolve(request: MethodRequest, rates: Sequence[float] = ()) -> dict[str, Va
     try:
         for rate in rates if request.rate is None else (request.rate,):
             entry.make([torch.zeros(2, 2, requires_grad=True)], settings, rate)
+            if not _SINGLE.tiny <= rate <= _SINGLE.max:
+                raise UserError(
+                    f"Optimizer {request.label}: rate {rate:g} cannot be used; weights of single precision take rates "
+                    f"from {_SINGLE.tiny:.2g} to {_SINGLE.max:.2g}."
+                )
     except (ValueError, TypeError) as error:
-        raise UserError(f"Optimizer {request.label}: {error}") from error
+        raise UserError(f"Optimizer {request.label}: {str(error).rstrip('.')}.") from error
+    for name, value in settings.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and _SINGLE.max < abs(number) < math.inf:
+                raise UserError(
+                    f"{request.optimizer}[{name}] takes numbers of single precision, up to {_SINGLE.max:.2g}, "
+                    f"not {_written(number)}."
+                )
     return settings
 
 

@@ -38,7 +38,8 @@ class LocalProcesses:
         task_ref: a task's name, or ``"path/to/file.py:function"``.
         data: the folder of ``--data``.
         device: where the tensors live, by torch's name.
-        workers: number of processes; ``None``: one for each core that this process may use.
+        workers: number of processes at most, each started when there is work for it; ``None``: one for each core that
+            this process may use.
     """
 
     def __init__(
@@ -47,16 +48,10 @@ class LocalProcesses:
         self._room = _Room(task_ref, data, device)
         self.workers = workers or usable_cores()
         self._processes: list[_Process] = []
+        self._open = False
 
     def __enter__(self) -> LocalProcesses:
-        try:
-            for _ in range(
-                self.workers
-            ):  # all at once: the others import torch while the first prepares the task
-                self._processes.append(_Process(self._room))
-        except BaseException:
-            self.close()
-            raise
+        self._open = True
         return self
 
     def __exit__(
@@ -66,6 +61,7 @@ class LocalProcesses:
 
     def close(self) -> None:
         """End every process at once, whatever it is doing."""
+        self._open = False
         for process in self._processes:
             process.kill()
         self._processes = []
@@ -105,10 +101,8 @@ class LocalProcesses:
 
     def _each(self, jobs: Sequence[_Job]) -> Iterator[tuple[int, Any]]:
         """The jobs' numbers and values, as they come in. Whatever ends this early ends the processes too."""
-        if not self._processes:
-            raise RuntimeError(
-                "LocalProcesses has no processes: use it in a with statement, and not after its end."
-            )
+        if not self._open:
+            raise RuntimeError("Use LocalProcesses in a with statement, and not after its end.")
         waiting = deque(range(len(jobs)))
         died: set[int] = set()
         busy: dict[Connection, tuple[_Process, int]] = {}
@@ -122,16 +116,19 @@ class LocalProcesses:
         try:
             for process in self._processes:
                 occupy(process)
+            while waiting and len(self._processes) < self.workers:
+                self._processes.append(_Process(self._room))
+                occupy(self._processes[-1])
             while busy:
                 for connection in cast(list[Connection], wait(list(busy))):
                     process, number = busy.pop(connection)
                     reply = process.receive()
                     if reply is None:
                         if number in died:
-                            raise UserError(
-                                f"Its process died twice during {jobs[number].name} ({process.death()}); "
-                                "is there enough memory?"
-                            )
+                            how = process.death()
+                            # As Linux ends a process when memory runs out.
+                            end = "; is there enough memory?" if "SIGKILL" in how else "."
+                            raise UserError(f"Its process died twice during {jobs[number].name} ({how}){end}")
                         died.add(number)
                         waiting.appendleft(number)
                         occupy(self._replace(process))
@@ -260,6 +257,11 @@ class _Room:
 
         return describe(self.task)
 
+    def load_again(self) -> None:
+        """Forget the task, which may have been loaded from a file that was being written."""
+        for what in ("task", "info"):
+            self.__dict__.pop(what, None)
+
 
 def _serve(room: _Room, connection: Connection) -> None:
     """A worker's life: one job after the other until the driver is gone."""
@@ -287,7 +289,7 @@ def _answer(room: _Room, job: _Job) -> _Reply:
         return "done", job.function(room, *job.arguments)
     except UserError as error:
         return "refused", str(error)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # a task may raise what it likes; only a signal ends a worker
         return "failed", explain(error)
 
 
@@ -338,5 +340,10 @@ def _run(room: _Room, spec: RunSpec) -> RunResult:
     from surefoot.lab import train
 
     if room.info.version != spec.task_version:  # each process loads the task for itself
-        raise UserError(f"Task {spec.task} has changed since the comparison began; start it again.")
+        found = room.info.version
+        room.load_again()
+        if room.info.version not in (found, spec.task_version):
+            raise UserError(f"Task {spec.task} gives other data at every call; seed what it draws them from.")
+        if room.info.version != spec.task_version:
+            raise UserError(f"Task {spec.task} has changed since the comparison began; start it again.")
     return train.train(room.task, spec, room.device)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,6 +18,7 @@ from surefoot._version import __version__
 from surefoot.lab import catalogue
 from surefoot.lab.errors import UserError
 from surefoot.lab.runs import RunResult, RunSpec, Scalar
+from surefoot.lab.streams import own_random_state, seed_everything, stream_seed
 from surefoot.lab.tasks.base import Task
 
 _EVALUATED_AT_ONCE = 500
@@ -32,20 +31,21 @@ def train(task: Task, spec: RunSpec, device: str | torch.device = "cpu") -> RunR
 
     The seed decides the initial weights, the order of the patterns in every epoch and the random stream of the training
     (dropout), each from a stream of its own and none depending on the optimizer, so that runs of two optimizers with
-    one seed are a pair. torch's global random state is left as it was found.
+    one seed are a pair. The streams are torch's, NumPy's and Python's global ones, which are left as they were found.
 
     A batch belongs to the block of ``task.block`` patterns in which it ends; the last batch of an epoch may be short and
     the last block of the run too. At the end of each block the validation data are evaluated and the rates are read. A
-    loss that is not finite ends the run there, with status "diverged".
+    loss or a metric that is not finite ends the run there, with status "diverged".
 
     Raises:
-        UserError: the model fails on a last batch of a single pattern (as BatchNorm does), or the metric is not finite.
+        UserError: the model fails on a last batch of a single pattern (as BatchNorm does), or the optimizer does not take
+            the model's gradients (sparse ones).
     """
     started, clock = datetime.now(timezone.utc), time.perf_counter()
     curves, stepping = _Curves(), 0.0
     status: Literal["finished", "diverged"] = "finished"
     device = usable_device(device)
-    with _own_random_state(device):
+    with own_random_state(device):
         run = _Run(task, spec, device)
         mark = time.perf_counter()
         for seen, loss in run.blocks():
@@ -75,16 +75,25 @@ def train(task: Task, spec: RunSpec, device: str | torch.device = "cpu") -> RunR
 def estimate_seconds(
     task: Task, spec: RunSpec, device: str | torch.device = "cpu", moment: float = 0.3
 ) -> float:
-    """About how long ``train`` would take if the run came to its end: from about ``moment`` seconds of real steps."""
+    """About how long ``train`` would take if the run came to its end: from about ``moment`` seconds of real steps.
+
+    Raises:
+        UserError: as ``train``, where those steps meet the reason.
+    """
     device = usable_device(device)
-    with _own_random_state(device):
+    with own_random_state(device):
         began = time.perf_counter()
         run = _Run(task, spec, device)
         making = time.perf_counter() - began
         losses: list[Tensor] = []
         began, deadline = time.perf_counter(), math.inf
         for index in run.batches():
-            losses.append(run.step(index))
+            try:
+                losses.append(run.step(index))
+            except Exception:
+                if losses and run.is_lost():  # the run will end as diverged: these steps have to do
+                    break
+                raise
             if len(losses) == _WARM_UP_STEPS:
                 losses[-1].item()  # wait for the device
                 began = time.perf_counter()
@@ -125,12 +134,12 @@ class _Run:
         self.task, self.spec, self.device = task, spec, device
         self.inputs, self.targets = (tensor.to(device) for tensor in task.train)
         self.validation = tuple(tensor.to(device) for tensor in task.validation)
-        _seed(stream_seed(spec.seed, "weights"), device)
+        seed_everything(stream_seed(spec.seed, "weights"), device)
         self.model = task.model().to(device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = catalogue.build(self.parameters, spec.optimizer, spec.settings, spec.rate)
         self.steps = 0
-        _seed(stream_seed(spec.seed, "training"), device)
+        seed_everything(stream_seed(spec.seed, "training"), device)
 
     def blocks(self) -> Iterator[tuple[int, float]]:
         """Trains, pausing at the end of each block: patterns seen so far, and the block's training loss."""
@@ -149,15 +158,10 @@ class _Run:
             seen += size
             try:
                 losses.append(self.step(index))
-            except Exception as error:
+            except Exception:
                 if self.is_lost():  # some losses raise where others give NaN
                     yield seen, math.nan
                     return
-                if size == 1 < self.spec.batch_size:
-                    raise UserError(
-                        f"Task {self.task.name}: the model fails on the single pattern that {patterns} training "
-                        f"patterns in batches of {self.spec.batch_size} leave over ({error}); choose another batch size."
-                    ) from error
                 raise
             sizes.append(size)
         yield seen, _weighted_mean(losses, sizes)
@@ -172,10 +176,21 @@ class _Run:
     def step(self, index: Tensor) -> Tensor:
         """One update; returns the batch's loss before it, without waiting for the device."""
         inputs, targets = self.inputs.index_select(0, index), self.targets.index_select(0, index)
-        loss = self.task.loss(self.model(inputs), targets)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        try:
+            loss = self.task.loss(self.model(inputs), targets)
+            self.optimizer.zero_grad()
+            loss.backward()
+        except Exception as error:
+            if len(index) == 1 < self.spec.batch_size and not self.is_lost():
+                raise UserError(
+                    f"Task {self.task.name}: the model fails on the single pattern that {len(self.inputs)} training "
+                    f"patterns in batches of {self.spec.batch_size} leave over ({error}); choose another batch size."
+                ) from error
+            raise
+        try:
+            self.optimizer.step()
+        except ValueError as error:  # what it does not take
+            raise UserError(f"Optimizer {self.spec.optimizer}: {str(error).rstrip('.')}.") from error
         self.steps += 1
         return loss.detach()
 
@@ -184,7 +199,8 @@ class _Run:
         """Loss and metric over all validation patterns, in evaluation mode."""
         self.model.eval()
         losses, metrics, sizes = [], [], []
-        for inputs, targets in zip(*(t.split(_EVALUATED_AT_ONCE) for t in self.validation), strict=True):
+        for chunk in zip(*(t.split(_EVALUATED_AT_ONCE) for t in self.validation), strict=True):
+            inputs, targets = (part.clone() for part in chunk)  # which a model may change in place
             outputs = self.model(inputs)
             losses.append(self.task.loss(outputs, targets))
             if self.task.metric is not None:
@@ -223,12 +239,8 @@ class _Curves:
             raise
         rates = run.optimizer.rates()
         point = (train_loss, loss, rates.mean, rates.std, rates.min, rates.max)
-        if not all(map(math.isfinite, point)):
+        if not all(map(math.isfinite, point if metric is None else (*point, metric))):
             return False
-        if metric is not None and not math.isfinite(metric):
-            raise UserError(
-                f"Task {run.task.name}: its {run.task.metric_name} is {metric} where the loss is {loss}."
-            )
         self.patterns.append(seen)
         self.train_loss.append(train_loss)
         self.validation_loss.append(loss)
@@ -239,27 +251,6 @@ class _Curves:
         self.rate_min.append(rates.min)
         self.rate_max.append(rates.max)
         return True
-
-
-def stream_seed(seed: int, purpose: str) -> int:
-    """The seed of one of a run's random streams: a hash, so that neighbouring seeds and purposes share nothing."""
-    return int.from_bytes(hashlib.sha256(f"{purpose} {seed}".encode()).digest()[:8], "big")
-
-
-def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Gives back torch's global random states, the processor's and the device's, as they were."""
-    if device.type == "cpu":
-        return torch.random.fork_rng(devices=[])
-    every = range(torch.get_device_module(device).device_count())
-    return torch.random.fork_rng(devices=every, device_type=device.type)
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """Seeds the global random states that :func:`_own_random_state` gives back, and no other."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
 
 
 def _weighted_mean(values: list[Tensor], sizes: list[int]) -> float:
