@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from surefoot import AdamUpd, CoRe, DropoutRprop, HyperReg, SelfTuning, SGDUpd, SRprop, WNGrad
+from surefoot import AdamUpd, CoRe, DropoutRprop, HyperReg, LossGrad, SelfTuning, SGDUpd, SRprop, WNGrad
 from surefoot.lab.catalogue import CATALOGUE, build, resolve
 from surefoot.lab.errors import UserError
 from surefoot.lab.plan import parse_optimizers
@@ -16,7 +16,14 @@ RATES = (1e-5, 1e-2, 10.0)
 NEED_ANOTHER = {"nesterov", "frozen", "after_warmup"}
 """Settings that are refused without another one: a momentum, a history of scores, a warm-up."""
 
-WORDS = {"undo": "none", "scope": "tensor", "after_warmup": "reset", "direction": "momentum", "first": "step"}
+WORDS = {
+    "undo": "none",
+    "scope": "tensor",
+    "after_warmup": "reset",
+    "direction": "momentum",
+    "first": "step",
+    "probe": "raw",
+}
 """Another value of every setting that is a word."""
 
 
@@ -32,9 +39,15 @@ def weights_after(make, steps=25):
     inputs = torch.randn(20, 4).double()
     optimizer = make(list(model.parameters()))
     for step in range(steps):
+
+        def loss(batch=inputs[step % 10 :]):
+            return (model(batch) ** 2).mean()
+
         optimizer.zero_grad()
-        (model(inputs[step % 10 :]) ** 2).mean().backward()
-        optimizer.step()
+        value = loss()
+        value.backward()
+        known = {"loss": value, "evaluate": loss} if isinstance(optimizer, SelfTuning) else {}
+        optimizer.step(**known)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -75,6 +88,8 @@ class TestMethods:
             ("hyperreg-rkl1", lambda p: HyperReg(p, initial_rate=0.01)),
             ("hyperreg-h2[scope=tensor,direction=adam]", lambda p: HyperReg(p, divergence="hellinger", algorithm=2, initial_rate=0.01, scope="tensor", direction="adam")),
             ("hyperreg-x3[growth=inf,longest_step=inf]", lambda p: HyperReg(p, divergence="chi2", algorithm=3, initial_rate=0.01, growth=None, longest_step=None)),
+            ("lossgrad", lambda p: LossGrad(p, initial_rate=0.01)),
+            ("lossgrad-adam[probe=raw,probe_every=8]", lambda p: LossGrad(p, direction="adam", probe="raw", probe_every=8, initial_rate=0.01)),
             ("wngrad[first=step]", lambda p: WNGrad(p, initial_rate=0.01, first="step")),
             ("momentum-window[window=4]", lambda p: SelfTuning(p, directions.Momentum(), rules.Window(0.01, window=4))),
             ("nesterov-window[window=4]", lambda p: SelfTuning(p, directions.Nesterov(), rules.Window(0.01, window=4))),
@@ -131,7 +146,9 @@ def another(default):
         return not default
     if isinstance(default, tuple):
         return (*default[:-1], default[-1] * 1.25) if default[-1] > 1 else (default[0] / 2, *default[1:])
-    return default + 1 if isinstance(default, int) else default / 2 + 0.01
+    if isinstance(default, int) or default > 1:  # a factor above 1 stays one
+        return default + 1
+    return default / 2 + 0.01
 
 
 class TestResolve:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from surefoot.lab.errors import UserError
 from surefoot.lab.runs import Scalar, Value
-from surefoot.optim import AdamUpd, CoRe, DropoutRprop, HyperReg, SelfTuning, SGDUpd, SRprop, WNGrad
+from surefoot.optim import AdamUpd, CoRe, DropoutRprop, HyperReg, LossGrad, SelfTuning, SGDUpd, SRprop, WNGrad
 from surefoot.optim.directions import SGD, Adam, Direction, Momentum, Nesterov
 from surefoot.optim.rules import Constant, Rule, Window
 
@@ -97,6 +97,11 @@ CATALOGUE: Mapping[str, Entry] = {
         for algorithm in (1, 2, 3)
     },
     "wngrad": _named(WNGrad),
+    "lossgrad": _named(LossGrad, direction="sgd"),
+    **{
+        f"lossgrad-{direction}": _named(LossGrad, direction=direction)
+        for direction in ("momentum", "nesterov", "adam", "sign")
+    },
 }
 """Every optimizer that a comparison can name."""
 

@@ -175,10 +175,9 @@ class _Run:
 
     def step(self, index: Tensor) -> Tensor:
         """One update; returns the batch's loss before it, without waiting for the device."""
-        inputs, targets = self.inputs.index_select(0, index), self.targets.index_select(0, index)
+        self.optimizer.zero_grad()
         try:
-            loss = self.task.loss(self.model(inputs), targets)
-            self.optimizer.zero_grad()
+            loss = self.loss(index)
             loss.backward()
         except Exception as error:
             if len(index) == 1 < self.spec.batch_size and not self.is_lost():
@@ -188,11 +187,16 @@ class _Run:
                 ) from error
             raise
         try:
-            self.optimizer.step()
+            self.optimizer.step(loss=loss, evaluate=lambda: self.loss(index))
         except ValueError as error:  # what it does not take
             raise UserError(f"Optimizer {self.spec.optimizer}: {str(error).rstrip('.')}.") from error
         self.steps += 1
         return loss.detach()
+
+    def loss(self, index: Tensor) -> Tensor:
+        """The loss of one batch at the weights as they are; its tensors are copies, which a model may change in place."""
+        inputs, targets = self.inputs.index_select(0, index), self.targets.index_select(0, index)
+        return self.task.loss(self.model(inputs), targets)
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float | None]:

@@ -247,10 +247,10 @@ class SelfTuning(Optimizer):
 
     def _loss_value(self, loss: Loss | None) -> Tensor | None:
         """The loss as the rule gets it: float64, one for each model."""
-        if loss is None:
-            if self.rule.needs_loss:
-                raise ValueError("this rule goes by the loss: call step(loss=loss), or step(closure).")
+        if not self.rule.needs_loss:
             return None
+        if loss is None:
+            raise ValueError("this rule goes by the loss: call step(loss=loss), or step(closure).")
         value = torch.as_tensor(loss).detach().to(torch.float64)
         if value.shape != self.space.shape:
             raise ValueError(f"loss must have shape {self.space.shape}, not {tuple(value.shape)}.")
