@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -60,6 +61,11 @@ ENTRIES = [
     Entry("AdamUpd", surefoot.AdamUpd, 8 + 5.5 / 50),
     Entry("CoRe", surefoot.CoRe, 9.5),
     Entry("DropoutRprop", surefoot.DropoutRprop, 5.5),
+    # A rate in float64 for each weight; one for all, whose norm reads the updates once more.
+    Entry("HyperReg", surefoot.HyperReg, 7),
+    Entry("WNGrad", surefoot.WNGrad, 4),
+    # The slope reads the gradients once more; what the probe's forward pass costs is the model's affair.
+    Entry("LossGrad", surefoot.LossGrad, 4),
 ]
 
 
@@ -89,17 +95,25 @@ def floor_seconds_per_word(weights: int, at_least: float) -> float:
     return cpu_seconds(lambda: array.mul_(1.0), at_least) / (2 * array.numel())
 
 
+def step(optimizer: torch.optim.Optimizer) -> None:
+    """One step; surefoot's are told a loss, which those that probe it compute in no time."""
+    if isinstance(optimizer, surefoot.SelfTuning):
+        optimizer.step(loss=1.0, evaluate=lambda: 1.0)
+    else:
+        optimizer.step()
+
+
 def measure(weights: int, tensors: int, repeats: int, at_least: float) -> Table:
     """The table of one parameter set."""
     optimizers = [(entry, entry.make(parameters(weights, tensors))) for entry in ENTRIES]
     for _, optimizer in optimizers:
-        optimizer.step()
+        step(optimizer)
     times: dict[str, list[float]] = {entry.name: [] for entry in ENTRIES}
     words = []
     for _ in range(repeats):
         words.append(floor_seconds_per_word(weights, at_least))
         for entry, optimizer in optimizers:
-            times[entry.name].append(cpu_seconds(optimizer.step, at_least))
+            times[entry.name].append(cpu_seconds(partial(step, optimizer), at_least))
     table = Table(
         "optimizer",
         "ms a step",
