@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from surefoot import LossGrad
+from surefoot import LossGrad, SelfTuning
+from surefoot.optim import directions, rules
 from surefoot.optim.rules.lossgrad import rises
 
 STEPS = 1000
@@ -233,6 +234,40 @@ def test_every_direction_finds_its_step_from_far_too_small_a_one(direction, prob
         losses.append(loss.item())
     assert min(losses) < losses[0] / 2
     assert optimizer.rates().mean > 1e-4
+
+
+@pytest.mark.parametrize(
+    "direction",
+    [
+        directions.SGD(),
+        directions.Momentum(0.9),
+        directions.Nesterov(0.9),
+        directions.Adam(amsgrad=True),
+        directions.AnnealedAdam(),
+        directions.AnnealedAdam(betas=(0.7, 0.8, 9.0, -1.0)),
+    ],
+    ids=repr,
+)
+def test_raw_is_the_direction_without_its_past(direction):
+    """At the first step there is no past: raw is the update, but for the part of it that Nesterov adds in advance."""
+    looked_at = []
+
+    class Spy(rules.Constant):
+        def choose(self, slot):
+            looked_at.append(
+                (slot.update.clone(), slot.direction.raw(slot), slot.direction.gain(slot.options))
+            )
+            return super().choose(slot)
+
+    p = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    optimizer = SelfTuning([p], direction, Spy(0.0))
+    p.grad = torch.tensor([0.3, -2.0, 5.0], dtype=torch.float64)
+    for _ in range(400):  # under a constant gradient the update grows to its gain times raw
+        optimizer.step()
+    first, last = looked_at[0], looked_at[-1]
+    ahead = 1.9 if isinstance(direction, directions.Nesterov) else 1.0
+    torch.testing.assert_close(first[0], ahead * first[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(last[0], last[2] * last[1], rtol=1e-6, atol=0)
 
 
 def test_what_is_missing_is_said_before_anything_moves():

@@ -258,3 +258,11 @@ class AnnealedAdam(Direction):
             return torch.sign(m)
         v = second_moment_(state["exp_avg_sq"], g, beta2)
         return adam_ratio(m, v, beta1, beta2, step, o["eps"])
+
+    def raw(self, slot: Slot) -> Tensor:
+        beta2 = slot.options["betas"][3]
+        if beta2 < 0:
+            return torch.sign(slot.grad)
+        return adam_ratio(
+            slot.grad, slot.state["exp_avg_sq"], 0.0, beta2, slot.state["step"], slot.options["eps"]
+        )
