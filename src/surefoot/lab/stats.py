@@ -342,9 +342,8 @@ def seeds_to_tell(mean: float, sd: float, level: float = SIGNIFICANCE) -> float:
         return 1 - special.nctdtr(n - 1, shift, critical)  # the other tail is nothing where the power is 80 %
 
     low, high = 1, 2
-    while (
-        power(high) < POWER
-    ):  # doubling keeps the distribution away from shifts where it is no longer accurate
+    # Doubling keeps the distribution away from shifts where it is no longer accurate.
+    while power(high) < POWER:
         if high == MOST_SEEDS:
             return math.inf
         low, high = high, min(2 * high, MOST_SEEDS)

@@ -169,7 +169,7 @@ class SelfTuning(Optimizer):
                 raise ValueError("sparse gradients are not supported; make the embedding with sparse=False.")
         value = self._loss_value(loss)
         shared_options = self.param_groups[0]
-        clock = self._clock() + 1
+        clock = self._kept("clock") + 1
         probing = bool(moving) and self.rule.probes_at(clock, shared_options)
         again = closure or evaluate
         if probing and again is None:
@@ -182,15 +182,14 @@ class SelfTuning(Optimizer):
                 self._begin(p, group)
             elif is_short(p) and "compensation" not in self.state[p]:  # the model has become a 16-bit one
                 self.state[p]["compensation"] = torch.zeros_like(p, dtype=torch.float32)
-        if self.track_rates and moving and not self._recorded():
+        if self.track_rates and moving and not self._kept("lr_counter"):
             self._record()
         shared = self._shared()
         slots: Iterable[Slot] = (self._propose(index, p, group, shared) for index, p, group in moving)
         seen: list[Slot] = []
         after = None
-        if (
-            shared and moving
-        ):  # a global rule has to see them all; otherwise one update at a time is in memory
+        if shared and moving:
+            # A global rule has to see them all; otherwise one update at a time is in memory.
             self._keeper()["clock"] = clock
             slots = seen = list(slots)
             self.rule.measure(seen, shared, shared_options, value)
@@ -240,10 +239,6 @@ class SelfTuning(Optimizer):
         finally:
             for slot, weight in zip(slots, before, strict=True):
                 slot.parameter.copy_(weight)
-
-    def _clock(self) -> int:
-        """Steps that a global rule has seen."""
-        return self.state.get(self.param_groups[0]["params"][0], {}).get("clock", 0)
 
     def _loss_value(self, loss: Loss | None) -> Tensor | None:
         """The loss as the rule gets it: float64, one for each model."""
@@ -314,6 +309,10 @@ class SelfTuning(Optimizer):
         """The state of the first parameter, where what belongs to all of them is kept."""
         return self.state[self.param_groups[0]["params"][0]]
 
+    def _kept(self, count: str) -> int:
+        """One of the counts kept there, 0 before it has begun: ``clock`` (a global rule's steps) or ``lr_counter``."""
+        return self.state.get(self.param_groups[0]["params"][0], {}).get(count, 0)
+
     def _shared(self) -> dict[str, Tensor]:
         """What the rule keeps for all parameters together; made at the first call."""
         group = self.param_groups[0]
@@ -362,24 +361,23 @@ class SelfTuning(Optimizer):
 
     def _matched(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
         """The saved state of each parameter; refused, before anything is changed, where it is not this optimizer's."""
-        groups = state_dict["param_groups"]
+        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
         lengths = [len(group["params"]) for group in groups]
         if lengths != [len(group["params"]) for group in self.param_groups]:
             return {}  # torch's own message says it
         for group in groups:
-            if group.get("cell", self.defaults["cell"]) != self.defaults["cell"]:
+            if group["cell"] != self.defaults["cell"]:
                 raise ValueError(
                     f"the loaded state is that of a {group['cell']} optimizer, and this one is {self.defaults['cell']}."
                 )
-            self._check_options({**self.defaults, **group}, "the loaded state's group")
-            self._check_shared({**self.defaults, **group}, {**self.defaults, **groups[0]})
-        saved_groups = [{**self.defaults, **group} for group in groups for _ in group["params"]]
-        ids = [saved for group in groups for saved in group["params"]]
+            self._check_options(group, "the loaded state's group")
+            self._check_shared(group, groups[0])
+        owners = [(saved_id, group) for group in groups for saved_id in group["params"]]
         matched = {}
-        for saved_id, saved_group, (p, _) in zip(ids, saved_groups, self._members(), strict=True):
+        for (saved_id, group), (p, _) in zip(owners, self._members(), strict=True):
             saved = state_dict["state"].get(saved_id)
             if saved is not None:
-                self._refuse_foreign(saved_id, p, saved_group, saved)
+                self._refuse_foreign(saved_id, p, group, saved)
                 matched[p] = saved
         return matched
 
@@ -411,16 +409,15 @@ class SelfTuning(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are checked like the constructor's, and ones that nothing reads are refused."""
-        self._check_options(param_group, "a parameter group")
         for name, value in param_group.items():
             if isinstance(value, list) and name not in ("params", "param_names"):
                 param_group[name] = tuple(value)
+        self._check_options(param_group, "a parameter group")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             for p in group["params"]:
                 self._check_parameter(p)
-            self._check_options(group, "a parameter group")
             self._check_shared(group, self.param_groups[0])
         except BaseException:
             self.param_groups.pop()
@@ -490,7 +487,7 @@ class SelfTuning(Optimizer):
 
     def _effective_rates(self) -> list[Tensor]:
         """For each parameter (after the first step: each that has had a gradient) lr times rate, of its shape."""
-        shared = self._shared() if self._clock() else {}
+        shared = self._shared() if self._kept("clock") else {}
         begun = any("step" in self.state[p] for p, _ in self._members() if p in self.state)
         rates = []
         for p, group in self._members():
@@ -541,9 +538,6 @@ class SelfTuning(Optimizer):
         counts = torch.bincount(torch.bucketize(logs, edges[1:-1]), minlength=bins)
         return Rates(mean, std, low, high, tuple(counts.tolist()), tuple((10**edges).tolist()))
 
-    def _recorded(self) -> int:
-        return self.state.get(self.param_groups[0]["params"][0], {}).get("lr_counter", 0)
-
     def _record(self) -> None:
         """Append mean and s.d. of the rates to the history; kept with the first parameter, on its device."""
         keeper = self._keeper()
@@ -579,7 +573,7 @@ class SelfTuning(Optimizer):
         """How many entries ``lr_mean`` has: for the window rule, one more than the number of windows that have ended."""
         if not self.track_rates:
             raise AttributeError("the rates were not tracked: make the optimizer with track_rates=True.")
-        return self._recorded()
+        return self._kept("lr_counter")
 
 
 def same_value(a: Any, b: Any) -> bool:

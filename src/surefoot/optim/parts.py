@@ -104,12 +104,8 @@ def require(name: str, value: Any, allowed: str, test: Callable[[Any], Any]) -> 
     try:
         holds = test(value)
         holds = bool(holds.all()) if isinstance(holds, Tensor) else bool(holds)
-    except (
-        TypeError,
-        RuntimeError,
-        OverflowError,
-    ):  # of another type, or a tensor where one number is wanted
-        holds = False
+    except (TypeError, RuntimeError, OverflowError):
+        holds = False  # of another type, or a tensor where one number is wanted
     if not holds:
         raise ValueError(f"{name} must be {allowed}, not {value!r}.")
 
@@ -127,6 +123,12 @@ def require_pair(name: str, value: Any, allowed: str, test: Callable[[Any, Any],
         return isinstance(pair, tuple) and len(pair) == 2 and test(*pair)
 
     require(name, value, f"a pair with {allowed}", holds)
+
+
+def require_limits(name: str, value: Any) -> None:
+    """:func:`require` for the smallest and the largest value of something positive."""
+    allowed = f"0 < {name}[0] <= {name}[1]"
+    require_pair(name, value, allowed, lambda low, high: all_of(low > 0, low <= high))
 
 
 def all_of(*conditions: Any) -> Any:

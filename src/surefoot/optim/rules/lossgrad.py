@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from surefoot.optim.directions import is_some
-from surefoot.optim.parts import Number, Slot, State, all_of, require, require_pair, require_whole
+from surefoot.optim.parts import Number, Slot, State, all_of, require, require_limits, require_whole
 from surefoot.optim.rules.base import Rule
 
 PROBES = ("step", "raw")
@@ -70,12 +70,7 @@ class LossGrad(Rule):
         require("threshold", self.threshold, "in (0, 1]", lambda v: all_of(v > 0, v <= 1))
         require_whole("probe_every", self.probe_every, 1)
         require("probe", self.probe, f"one of {', '.join(PROBES)}", lambda v: v in PROBES)
-        require_pair(
-            "step_sizes",
-            self.step_sizes,
-            "0 < step_sizes[0] <= step_sizes[1]",
-            lambda low, high: all_of(low > 0, low <= high),
-        )
+        require_limits("step_sizes", self.step_sizes)
 
     def declare_shared(self, options: Mapping[str, Any]) -> tuple[State, ...]:
         return (

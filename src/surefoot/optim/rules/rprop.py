@@ -14,7 +14,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from surefoot.optim.parts import Number, Slot, State, all_of, require, require_pair, require_whole
+from surefoot.optim.parts import (
+    Number,
+    Slot,
+    State,
+    all_of,
+    require,
+    require_limits,
+    require_pair,
+    require_whole,
+)
 from surefoot.optim.rules.base import Rule
 
 
@@ -48,12 +57,7 @@ class SignRule(Rule):
             "0 < etas[0] <= 1 <= etas[1]",
             lambda low, high: all_of(low > 0, low <= 1, high >= 1),
         )
-        require_pair(
-            "step_sizes",
-            self.step_sizes,
-            "0 < step_sizes[0] <= step_sizes[1]",
-            lambda low, high: all_of(low > 0, low <= high),
-        )
+        require_limits("step_sizes", self.step_sizes)
 
     def declare(self, options: Mapping[str, Any]) -> tuple[State, ...]:
         return (State("rate", options["initial_rate"]), State("sign", 0.0, torch.int8))
