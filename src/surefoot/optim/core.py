@@ -195,6 +195,9 @@ class SelfTuning(Optimizer):
             self.rule.measure(seen, shared, shared_options, value)
             if probing:
                 after = self._elsewhere(seen, probe)
+                if after is not None and self.rule.looks_first:
+                    self.rule.judge(seen, shared, shared_options, cast(Tensor, value), after)
+                    probing = False
         latest, adapted = 0, False  # of the parameter that has made most steps: its clock is the history's
         for slot in slots:
             self._apply(slot)

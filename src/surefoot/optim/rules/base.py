@@ -22,6 +22,8 @@ class Rule(Part):
 
     probes: ClassVar[bool] = False
     """Whether it ever asks for the batch's loss at other weights."""
+    looks_first: ClassVar[bool] = False
+    """Whether what a probe shows decides the step itself (:meth:`judge` comes before anything moves), not the next one."""
     needs_loss: ClassVar[bool] = False
     """Whether a step without a loss is refused."""
 
@@ -58,7 +60,7 @@ class Rule(Part):
         before: Tensor,
         after: Tensor,
     ) -> None:
-        """After a probe: adapt the ``shared`` state by the batch's loss before and after, as ``loss`` above."""
+        """After a probe: adapt the ``shared`` state by the batch's loss here and there, as ``loss`` above."""
 
     def choose(self, slot: Slot) -> Number:
         """The rate of this step, from what is known before the weight moves; stores the rule's own state.
