@@ -145,7 +145,7 @@ def test_direction_and_rule_may_not_share_an_option():
         def options(self):
             return {"rate": 1.0, "weight_decay": 0.0}
 
-    with pytest.raises(ValueError, match="both have an option named 'weight_decay'"):
+    with pytest.raises(ValueError, match="two parts of this optimizer have an option named 'weight_decay'"):
         SelfTuning(weights(), directions.SGD(), Twin())
 
 

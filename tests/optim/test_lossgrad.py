@@ -17,6 +17,7 @@ from surefoot.optim import directions, rules
 from surefoot.optim.rules.lossgrad import rises
 
 STEPS = 1000
+PUBLISHED = {"ramp": 1.0, "retract": False}
 
 
 def softmax_loss(w, x, y):
@@ -41,7 +42,7 @@ def test_a_thousand_steps_are_the_papers(weight_decay):
     x, y = rng.normal(size=(STEPS, 10, 6)), rng.integers(3, size=(STEPS, 10))
     w, h = np.zeros((6, 3)), 1e-4
     p = torch.zeros(6, 3, dtype=torch.float64, requires_grad=True)
-    optimizer = LossGrad([p], weight_decay=weight_decay)
+    optimizer = LossGrad([p], weight_decay=weight_decay, **PUBLISHED)
     ups = 0
     for t in range(STEPS):
         inputs, targets = torch.tensor(x[t]), torch.tensor(y[t])
@@ -110,7 +111,7 @@ def train(way, *, up, steps=30, **options):
     torch.manual_seed(0)
     model = Noisy()
     data = torch.randn(steps, 16, 6), torch.randint(3, (steps, 16))
-    optimizer = LossGrad(model.parameters(), initial_rate=0.05, up=up, down=up, **options)
+    optimizer = LossGrad(model.parameters(), initial_rate=0.05, up=up, down=up, **PUBLISHED, **options)
     losses, evaluated = [], []
     for x, y in zip(*data, strict=True):
 
@@ -175,7 +176,7 @@ def test_evaluate_and_closure_are_one_rule():
 def test_probe_every_takes_its_factors_to_the_power():
     """Every fourth step is judged, by factors to the fourth."""
     p = torch.zeros(2, requires_grad=True)
-    optimizer = LossGrad([p], initial_rate=1e-3, probe_every=4, up=1.1)
+    optimizer = LossGrad([p], initial_rate=1e-3, probe_every=4, up=1.1, **PUBLISHED)
     calls = []
 
     def evaluate():
@@ -194,7 +195,7 @@ def test_a_schedule_shortens_the_step_and_not_the_probe():
     ends = []
     for scheduled in (False, True):
         p = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-        optimizer = LossGrad([p], initial_rate=1e-3)
+        optimizer = LossGrad([p], initial_rate=1e-3, **PUBLISHED)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 10) if scheduled else None
         seen = []
         for _ in range(10):
@@ -291,7 +292,7 @@ def test_what_is_missing_is_said_before_anything_moves():
 def test_groups_move_by_their_multiple_of_one_step():
     """lr 1 and 3: the second moves three times as far, the prediction counts both, and the decision is one."""
     a, b = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
-    optimizer = LossGrad([{"params": [a]}, {"params": [b], "lr": 3.0}], initial_rate=0.01)
+    optimizer = LossGrad([{"params": [a]}, {"params": [b], "lr": 3.0}], initial_rate=0.01, **PUBLISHED)
     a.grad, b.grad = torch.full((1,), -1.0), torch.full((1,), -1.0)
     optimizer.step(loss=0.0, evaluate=lambda: -(a + b).item())
     assert b.item() == pytest.approx(3 * a.item())
@@ -302,8 +303,331 @@ def test_groups_move_by_their_multiple_of_one_step():
 def test_the_copy_of_an_optimizer_probes_too():
     """What is remembered of the random state is no part of a checkpoint, and is there again in a copy."""
     p = torch.ones(2, requires_grad=True)
-    optimizer = copy.deepcopy(LossGrad([p]))
+    optimizer = copy.deepcopy(LossGrad([p], **PUBLISHED))
     (q,) = optimizer.param_groups[0]["params"]
     q.grad = torch.ones(2)
     optimizer.step(loss=2.0, evaluate=lambda: q.sum())
     assert optimizer.state[q]["step_size"].item() == pytest.approx(1.05e-4)
+
+
+def has_found(optimizer, p, h):
+    """As if h had gone both up and down already: from then on retraction is by the parabola."""
+    one_step(optimizer, p, lambda x: 0.0, lambda x: 0.0)
+    for name, value in (("rose", 1.0), ("fell", 1.0), ("step_size", h)):
+        optimizer.state[p][name].fill_(value)
+
+
+def one_step(optimizer, p, loss_of, slope_of, **options):
+    """One step on a one-dimensional loss."""
+    p.grad = torch.full_like(p, slope_of(p.detach().sum().item()))
+    optimizer.step(
+        loss=loss_of(p.detach().sum().item()), evaluate=lambda: loss_of(p.detach().sum().item()), **options
+    )
+
+
+def scalar(start, **options):
+    p = torch.full((1,), start, dtype=torch.float64, requires_grad=True)
+    return LossGrad([p], **{**PUBLISHED, **options}), p
+
+
+# ------------------------------------------------------------------------------------------------------ clipping
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_clipped_gradients_are_judged_by_the_real_slope(weight_decay):
+    """The step is along torch's clipped gradient, p.grad stays, and <g, u> is of the loss as it is."""
+    p = torch.tensor([3.0, -4.0], dtype=torch.float64, requires_grad=True)
+    optimizer = LossGrad([p], initial_rate=0.1, max_norm=0.5, weight_decay=weight_decay, **PUBLISHED)
+    q = p.detach().clone().requires_grad_()
+    g = torch.tensor([6.0, 8.0], dtype=torch.float64)
+    p.grad, q.grad = g.clone(), g.clone()
+    torch.nn.utils.clip_grad_norm_([q], 0.5)
+    plain = torch.optim.SGD([q], 0.1, weight_decay=weight_decay)
+    direction = q.grad + weight_decay * q.detach()
+    slope = (g + weight_decay * q.detach()) @ direction
+    optimizer.step(loss=0.0, evaluate=lambda: 0.0)
+    plain.step()
+    torch.testing.assert_close(p, q, rtol=1e-12, atol=0)
+    assert torch.equal(p.grad, g)
+    assert optimizer.state[p]["slope"].item() == pytest.approx(slope.item())
+
+
+def test_a_clipped_step_finds_the_minimum_along_its_line():
+    """On 50 x^2 from x = 1 the gradient 100 is clipped to 1: the best step is 1, a hundred times the unclipped one's.
+
+    Judged by the clipped slope (1 in place of 100) the rule would go on until f1 > f0, to a step of 2.
+    """
+    optimizer, p = scalar(1.0, initial_rate=0.01, max_norm=1.0, up=1.05, down=1.05)
+    for _ in range(300):
+        p.data.fill_(1.0)
+        one_step(optimizer, p, lambda x: 50 * x * x, lambda x: 100 * x)
+    assert optimizer.rates().mean == pytest.approx(1.0, rel=0.06)
+
+
+# ---------------------------------------------------------------------------------------------------- spikes
+
+
+def wall(x):
+    """Nearly straight until a wall: the batches of a training that goes well, until one doesn't."""
+    return 10 - 0.01 * x if x < 100 else 9 + 50 * (x - 100) ** 2
+
+
+def wall_slope(x):
+    return -0.01 if x < 100 else 100 * (x - 100)
+
+
+def climb(**options):
+    """Two thousand steps from 0; the largest loss seen, and the last."""
+    optimizer, p = scalar(0.0, initial_rate=1.0, **options)
+    seen = []
+    for _ in range(2000):
+        one_step(optimizer, p, wall, wall_slope)
+        seen.append(wall(p.item()))
+    return max(seen), seen[-1]
+
+
+def test_each_remedy_lowers_the_spike_of_the_published_rule():
+    """On a straight loss h grows without limit and then hits the wall. Largest loss after any step, from 10 at the start."""
+    published, _ = climb()
+    assert published > 1e6
+    assert climb(retract=True)[0] <= 10, "no step that raises the loss is kept"
+    assert climb(lower_bound=0.0)[0] < published / 1e6
+    assert climb(down=1.5)[0] < published / 4
+
+
+def test_a_larger_down_recovers_from_a_spike_sooner():
+    """sqrt(1 + x^2) with a step 10,000 times too long: thrown from side to side until h has come down."""
+
+    def recovery(down):
+        optimizer, p = scalar(0.5, initial_rate=1e4, down=down)
+        one_step(optimizer, p, lambda x: math.hypot(1, x), lambda x: x / math.hypot(1, x))
+        for t in range(1000):
+            one_step(optimizer, p, lambda x: math.hypot(1, x), lambda x: x / math.hypot(1, x))
+            if math.hypot(1, p.item()) < 2:
+                return t
+        return math.inf
+
+    assert recovery(1.5) < recovery(1.15) / 2 < math.inf
+    assert recovery(1.05) == math.inf, "equal factors: what one side lowers the other raises"
+
+
+def test_the_cap_is_where_the_lowest_possible_parabola_has_its_minimum():
+    """1/2 L x^2 with its own bound 0: the capped step is the minimum itself, and h is neither used nor raised."""
+    optimizer, p = scalar(3.0, initial_rate=1e3, lower_bound=0.0)
+    one_step(optimizer, p, lambda x: 2 * x * x, lambda x: 4 * x)
+    assert p.item() == pytest.approx(0.0, abs=1e-12)
+    assert optimizer.state[p]["step_size"].item() == 1e3
+
+
+def test_a_bound_above_the_loss_stops_and_breaks_nothing():
+    optimizer, p = scalar(1.0, initial_rate=0.1, lower_bound=5.0)
+    one_step(optimizer, p, lambda x: x * x, lambda x: 2 * x)
+    assert p.item() == 1.0
+    assert optimizer.rates().mean == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_retracted_step_ends_at_the_parabolas_minimum(dtype):
+    """x^2 / 2 from 1 with h = 5: thrown to -4, it comes back to 0, in whatever the weight is kept."""
+    p = torch.ones(1, dtype=dtype, requires_grad=True)
+    optimizer = LossGrad([p], retract=True)
+    has_found(optimizer, p, 5.0)
+    p.grad = torch.ones_like(p)
+    optimizer.step(loss=0.5, evaluate=lambda: p.double().square().sum() / 2)
+    assert p.item() == pytest.approx(0.0, abs=1e-6)
+    assert optimizer.rates().mean == pytest.approx(5 / 1.05)
+
+
+def test_a_first_step_that_is_too_long_is_undone():
+    """x^2 / 2 from 1 with h = 1.9: the loss is lower after it, but not by enough, and h has not been found yet."""
+    optimizer, p = scalar(1.0, initial_rate=1.9, retract=True)
+    one_step(optimizer, p, lambda x: x * x / 2, lambda x: x)
+    assert p.item() == 1.0
+    optimizer, p = scalar(1.0, retract=True)
+    has_found(optimizer, p, 1.9)
+    one_step(optimizer, p, lambda x: x * x / 2, lambda x: x)
+    assert p.item() == pytest.approx(-0.9)
+
+
+@pytest.mark.parametrize("f1", [math.inf, math.nan])
+@pytest.mark.parametrize("found", [True, False])
+def test_a_step_to_no_number_is_undone(f1, found):
+    p = torch.zeros(2, requires_grad=True)
+    optimizer = LossGrad([p], retract=True, step_sizes=(1e-12, 1e38))
+    has_found(optimizer, p, 1e38)
+    optimizer.state[p]["rose"].fill_(float(found))
+    p.data.copy_(torch.tensor([1.0, -2.0]))
+    p.grad = torch.tensor([1e3, 0.3])  # to -infinity
+    optimizer.step(loss=1.0, evaluate=lambda: f1)
+    assert p.tolist() == [1.0, -2.0]
+
+
+def test_a_step_that_helps_is_kept_whole():
+    bound, free = scalar(1.0, initial_rate=0.1, retract=True), scalar(1.0, initial_rate=0.1)
+    for optimizer, p in (bound, free):
+        for _ in range(20):
+            one_step(optimizer, p, lambda x: x * x, lambda x: 2 * x)
+    assert torch.equal(bound[1], free[1])
+
+
+def test_a_shortened_step_is_cut_only_as_far_as_it_is_too_long():
+    """Probed at h = 5 (too far: 1 would do) but scheduled down to 0.4: nothing of it is taken back."""
+    p = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    optimizer = LossGrad([p], retract=True)
+    has_found(optimizer, p, 5.0)
+    optimizer.param_groups[0].update(initial_lr=1.0, lr=0.08)
+    one_step(optimizer, p, lambda x: x * x / 2, lambda x: x)
+    assert p.item() == pytest.approx(0.6)
+    optimizer.param_groups[0]["lr"] = 0.9  # 5 / 1.05 x 0.9 would be 4.3: it's cut to 1
+    one_step(optimizer, p, lambda x: x * x / 2, lambda x: x)
+    assert p.item() == pytest.approx(0.0, abs=1e-12)
+
+
+# ------------------------------------------------------------------------------------------- horizon and ramp
+
+
+def test_a_horizon_fades_the_step_and_not_the_probe():
+    """It is LinearLR from 1 to 0 from outside, to the last bit of what both round alike; then it stands still."""
+    ends = []
+    for outside in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1).double()
+        optimizer = LossGrad(model.parameters(), initial_rate=0.01, horizon=None if outside else 20)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 20) if outside else None
+        x = torch.randn(30, 8, 3, dtype=torch.float64)
+        for t in range(25):
+            optimizer.zero_grad()
+            loss = (model(x[t]) - x[t].sum(1, keepdim=True)).square().mean()
+            loss.backward()
+            optimizer.step(
+                loss=loss, evaluate=lambda t=t: (model(x[t]) - x[t].sum(1, keepdim=True)).square().mean()
+            )
+            if scheduler:
+                scheduler.step()
+            if t == 20:
+                frozen = model.weight.detach().clone()
+        assert torch.equal(model.weight, frozen)
+        ends.append(model.weight.detach().clone())
+        rate = optimizer.rates().mean
+        assert rate == 0.0
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("start", [1e-8, 1e4])
+def test_a_ramp_leaves_a_bad_start_behind(start):
+    """x^2 with its best step 1/2, from eight decades below and four above: found in 12 steps, then the small factors."""
+    optimizer, p = scalar(1.0, initial_rate=start, ramp=10.0, up=1.05, down=1.05)
+    for t in range(60):
+        p.data.fill_(1.0)
+        before = optimizer.rates().mean
+        one_step(optimizer, p, lambda x: x * x, lambda x: 2 * x)
+        factor = optimizer.rates().mean / before
+        if t == 12:
+            assert 0.05 < optimizer.rates().mean < 5
+        assert t < 12 or max(factor, 1 / factor) == pytest.approx(1.05)
+    assert optimizer.rates().mean == pytest.approx(0.5, rel=0.06)
+
+
+# ------------------------------------------------------------------------------------------- cheaper probes
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("schedule", [None, 40])
+def test_the_next_steps_loss_is_the_probe_where_the_batch_is_the_whole(weight_decay, schedule):
+    """On the full batch "next" makes every decision that a probe makes, without one.
+
+    Under a schedule it sees a shorter step than the probe would: on a parabola, as here, the decisions are the same too.
+    """
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 4, generator=draw, dtype=torch.float64)
+    y = torch.sin(x.sum(1, keepdim=True))
+    ends = []
+    for probe in ("step", "next"):
+        model = nn.Linear(4, 1).double()
+        nn.init.zeros_(model.weight)
+        nn.init.zeros_(model.bias)
+        optimizer = LossGrad(
+            model.parameters(),
+            initial_rate=1e-3,
+            probe=probe,
+            up=1.2,
+            down=1.3,
+            weight_decay=weight_decay,
+            horizon=schedule,
+            direction="momentum",
+            threshold=0.5,
+            **PUBLISHED,
+        )
+        rates = []
+        for _ in range(39):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            again = {"evaluate": lambda: nn.functional.mse_loss(model(x), y)} if probe == "step" else {}
+            optimizer.step(loss=loss, **again)
+            rates.append(optimizer.state[model.weight]["step_size"].item())
+        ends.append(rates)
+    assert ends[1][1:] == pytest.approx(ends[0][:-1]), "the same decisions, each known at the next step"
+    assert len(set(ends[0])) > 10
+
+
+def test_next_with_decoupled_decay_is_refused():
+    with pytest.raises(ValueError, match="cannot tell decoupled weight decay"):
+        SelfTuning(
+            [torch.zeros(1)],
+            directions.Adam(weight_decay=0.1, decoupled_weight_decay=True),
+            rules.LossGrad(probe="next"),
+        )
+    with pytest.raises(ValueError, match="probe_every must be 1 with probe='next'"):
+        LossGrad([torch.zeros(1)], probe="next", probe_every=2)
+    with pytest.raises(ValueError, match="probe must be 'step' to retract"):
+        LossGrad([torch.zeros(1)], probe="raw", retract=True)
+
+
+def test_a_part_of_the_batch_is_judged_by_its_own_loss():
+    """Half the batch is compared with its own loss before, not with the whole's, which may be far from it."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(8, 3, generator=draw), torch.randn(8, generator=draw)
+    model = nn.Linear(3, 1)
+
+    def losses():
+        return (model(x).squeeze(1) - y).square()
+
+    looked = []
+
+    class Listening(rules.LossGrad):
+        def judge(self, slots, shared, options, before, after):
+            looked.append((before.item(), after.item()))
+            super().judge(slots, shared, options, before, after)
+
+    optimizer = SelfTuning(model.parameters(), directions.SGD(), Listening(1e-3))
+    each = losses()
+    each.mean().backward()
+    optimizer.step(loss=each.mean(), probe_loss=each[:4].mean(), evaluate=lambda: losses()[:4].mean())
+    (before, after), now = looked[0], losses()
+    assert before == pytest.approx(each[:4].mean().item())
+    assert after == pytest.approx(now[:4].mean().item())
+    assert optimizer.state[model.weight]["step_size"].item() == pytest.approx(1.05e-3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"), [(nn.BatchNorm1d(4), "BatchNorm"), (nn.Dropout(0.5), "random numbers")]
+)
+def test_a_part_is_refused_where_it_is_another_alone(layer, message):
+    model = nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 1))
+    optimizer = LossGrad(model.parameters())
+    x = torch.randn(8, 3)
+    optimizer.zero_grad()
+    each = model(x).square()
+    each.mean().backward()
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(
+            loss=each.mean(), probe_loss=each[:4].mean(), evaluate=lambda: model(x[:4]).square().mean()
+        )
+    model.eval()  # where both are the same for a part as for the whole
+    optimizer.zero_grad()
+    each = model(x).square()
+    each.mean().backward()
+    optimizer.step(
+        loss=each.mean(), probe_loss=each[:4].mean(), evaluate=lambda: model(x[:4]).square().mean()
+    )

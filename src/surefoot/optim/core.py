@@ -11,6 +11,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast, overload
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from surefoot.optim.averaging import Average
 from surefoot.optim.directions import Direction
-from surefoot.optim.parts import WEIGHT, Number, Slot, State, all_of, require, require_whole
+from surefoot.optim.parts import WEIGHT, Number, Part, Slot, State, all_of, require, require_whole
 from surefoot.optim.precision import is_short, narrow_, widen, working_dtype
 from surefoot.optim.probe import RandomState, leaving_no_trace
 from surefoot.optim.rules.base import Rule
@@ -67,6 +69,9 @@ class SelfTuning(Optimizer):
             ``group["lr"]`` holds and what a scheduler moves; a logger that reads it logs the multiplier. The rates
             themselves are what :meth:`rates` gives. ``lr=0`` moves nothing.
         maximize: go up instead of down.
+        average: what :meth:`averaged` evaluates, from :mod:`surefoot.optim.averaging`; one more copy of the weights.
+        max_norm: the norm of all gradients together is clipped to it first, as by ``torch.nn.utils.clip_grad_norm_``, but
+            ``p.grad`` is left as it is, and rules that go by the loss see its real slope.
         track_rates: keep ``lr_mean``, ``lr_std`` and ``lr_counter`` (without waiting for the device).
         models: ``None``, or K where every parameter is a stack of K models along its first axis. Every option that is a
             number may then be a tensor ``[K]``, and nothing that one model does is seen by another.
@@ -90,6 +95,8 @@ class SelfTuning(Optimizer):
         rule: Rule,
         lr: Number = 1.0,
         *,
+        average: Average | None = None,
+        max_norm: Number = math.inf,
         maximize: bool = False,
         track_rates: bool = False,
         models: int | None = None,
@@ -102,23 +109,37 @@ class SelfTuning(Optimizer):
             raise TypeError(
                 f"rule must be one of surefoot.optim.rules, such as Constant(1e-3), not {rule!r}."
             )
+        if not (average is None or isinstance(average, Average)):
+            raise TypeError(
+                f"average must be None or one of surefoot.optim.averaging, such as Mean(), not {average!r}."
+            )
         self.direction = direction
         self.rule = rule
+        self.average = average
         self.space = Space(models)
         self.track_rates = track_rates
-        shared = direction.options().keys() & rule.options().keys()
-        if shared:
-            raise ValueError(f"direction and rule both have an option named {sorted(shared)[0]!r}.")
+        names = [name for part in self._parts() for name in part.options()]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two parts of this optimizer have an option named {name!r}.")
         if not isinstance(rule, Constant) and isinstance(lr, (int, float)) and 0 < lr < 0.1:
             warnings.warn(
                 f"lr={lr:g} multiplies the rates that {type(rule).__name__} finds by itself; it is not the initial rate, "
                 "which has an option of its own. Leave lr at 1 and let a scheduler lower it.",
                 stacklevel=2 if type(self) is SelfTuning else 3,
             )
-        cell = f"{type(direction).__name__} x {type(rule).__name__}"
-        options = {**direction.options(), **rule.options(), "maximize": maximize}
-        super().__init__(params, {"lr": lr, **options, "cell": cell})
+        options = {name: value for part in self._parts() for name, value in part.options().items()}
+        common = {
+            "maximize": maximize,
+            "max_norm": max_norm,
+            "cell": " x ".join(type(p).__name__ for p in self._parts()),
+        }
+        super().__init__(params, {"lr": lr, **options, **common})
         self._remember_random_state()
+
+    def _parts(self) -> tuple[Part, ...]:
+        average = () if self.average is None else (self.average,)
+        return (self.direction, self.rule, *average)
 
     # ------------------------------------------------------------------------------------------------- the step
 
@@ -128,7 +149,12 @@ class SelfTuning(Optimizer):
     def step(self, closure: Callable[[], float], *, loss: None = None, evaluate: None = None) -> float: ...
     @overload
     def step(
-        self, closure: None = None, *, loss: Loss, evaluate: Callable[[], Loss] | None = None
+        self,
+        closure: None = None,
+        *,
+        loss: Loss,
+        evaluate: Callable[[], Loss] | None = None,
+        probe_loss: Loss | None = None,
     ) -> Loss: ...
 
     @torch.no_grad()
@@ -138,6 +164,7 @@ class SelfTuning(Optimizer):
         *,
         loss: Loss | None = None,
         evaluate: Callable[[], Loss] | None = None,
+        probe_loss: Loss | None = None,
     ) -> Loss | None:
         """Move every parameter that has a gradient.
 
@@ -145,6 +172,8 @@ class SelfTuning(Optimizer):
             closure: computes the loss again, with gradients, and returns it, as for any torch optimizer.
             loss: the value that the gradients belong to, where it is at hand: a scalar, in a stack ``[K]``. Rules that
                 go by the loss need one of the two; every other rule lets it through.
+            probe_loss: where ``evaluate`` computes the loss of a part of the batch only, that part's loss at the weights as
+                they are. Not where the part's loss depends on the rest (BatchNorm) or on random numbers (dropout).
             evaluate: computes the loss of the same batch again, forward only. For rules that probe the loss at other
                 weights; called at most once a step, never by any other rule. Its dropout masks are those that followed
                 the last :meth:`zero_grad` (or the last step), so call that when the batch is ready, before the forward
@@ -155,10 +184,15 @@ class SelfTuning(Optimizer):
 
         Raises:
             ValueError: for a sparse gradient, for a closure together with a loss, or for a rule that goes by the loss
-                and is given none. Nothing has moved then.
+                and is given none. Nothing has moved then. Also, after the step, for a ``probe_loss`` with a model in which
+            a part of the batch can't be looked at alone.
         """
+        if self._swapped:
+            raise RuntimeError(
+                "a step inside averaged() would be lost: the weights are their averages there."
+            )
         if closure is not None:
-            if loss is not None or evaluate is not None:
+            if loss is not None or evaluate is not None or probe_loss is not None:
                 raise ValueError("step takes a closure, or a loss with evaluate, not both.")
             self._remember_random_state()
             with torch.enable_grad():
@@ -176,7 +210,13 @@ class SelfTuning(Optimizer):
             raise ValueError(
                 "this rule probes the loss: call step(loss=loss, evaluate=...), or step(closure)."
             )
-        probe = partial(self._probed, cast(Callable[[], Loss], again), with_grad=closure is not None)
+        probe = partial(
+            self._probed,
+            cast(Callable[[], Loss], again),
+            with_grad=closure is not None,
+            in_part=probe_loss is not None,
+        )
+        before = value if probe_loss is None else self._loss_value(probe_loss)
         for _, p, group in moving:
             if "step" not in self.state[p]:
                 self._begin(p, group)
@@ -184,8 +224,8 @@ class SelfTuning(Optimizer):
                 self.state[p]["compensation"] = torch.zeros_like(p, dtype=torch.float32)
         if self.track_rates and moving and not self._kept("lr_counter"):
             self._record()
-        shared = self._shared()
-        slots: Iterable[Slot] = (self._propose(index, p, group, shared) for index, p, group in moving)
+        shared, clip = self._shared(), self._clip([p for _, p, _ in moving])
+        slots: Iterable[Slot] = (self._propose(index, p, group, shared, clip) for index, p, group in moving)
         seen: list[Slot] = []
         after = None
         if shared and moving:
@@ -196,16 +236,24 @@ class SelfTuning(Optimizer):
             if probing:
                 after = self._elsewhere(seen, probe)
                 if after is not None and self.rule.looks_first:
-                    self.rule.judge(seen, shared, shared_options, cast(Tensor, value), after)
+                    self.rule.judge(seen, shared, shared_options, cast(Tensor, before), after)
                     probing = False
+        retracting = probing and self.rule.retracts(shared_options)
+        origins = [slot.weight.clone() for slot in seen] if retracting else []
         latest, adapted = 0, False  # of the parameter that has made most steps: its clock is the history's
         for slot in slots:
             self._apply(slot)
+            if not retracting:
+                self._finish(slot)
             if slot.state["step"] > latest:
                 latest, adapted = slot.state["step"], slot.adapted
         if probing:
             after = probe() if after is None else after
-            self.rule.judge(seen, shared, shared_options, cast(Tensor, value), after)
+            self.rule.judge(seen, shared, shared_options, cast(Tensor, before), after)
+        for slot, origin in zip(seen, origins, strict=False):
+            keep_share_(slot.weight, origin, self.rule.share(slot))
+            self._store(slot)
+            self._finish(slot)
         if self.track_rates and adapted:
             self._record()
         self._remember_random_state()
@@ -220,13 +268,22 @@ class SelfTuning(Optimizer):
         if self.rule.probes:
             self._random_state = RandomState(p.device for p, _ in self._members())
 
-    def _probed(self, evaluate: Callable[[], Loss], *, with_grad: bool) -> Tensor:
+    def _probed(self, evaluate: Callable[[], Loss], *, with_grad: bool, in_part: bool) -> Tensor:
         """The batch's loss at the weights as they are."""
         with (
-            leaving_no_trace([p for p, _ in self._members()], self._random_state),
+            leaving_no_trace([p for p, _ in self._members()], self._random_state, in_part=in_part),
             torch.set_grad_enabled(with_grad),
         ):
             return cast(Tensor, self._loss_value(evaluate()))
+
+    def _clip(self, params: Sequence[Tensor]) -> Tensor | None:
+        """What gradients are multiplied by so that their norm is at most ``max_norm``; ``None`` for no limit."""
+        largest = self.param_groups[0]["max_norm"]
+        if not params or not (isinstance(largest, Tensor) or largest < math.inf):
+            return None
+        grads = [cast(Tensor, p.grad) for p in params]
+        norm = self.space.dot(grads, grads).sqrt()
+        return (torch.as_tensor(largest, device=norm.device) / (norm + 1e-6)).clamp(max=1.0)
 
     def _elsewhere(self, slots: Sequence[Slot], probe: Callable[[], Tensor]) -> Tensor | None:
         """The loss where the rule wants to look, the weights being put back; ``None`` where the step goes there itself."""
@@ -249,12 +306,14 @@ class SelfTuning(Optimizer):
             return None
         if loss is None:
             raise ValueError("this rule goes by the loss: call step(loss=loss), or step(closure).")
-        value = torch.as_tensor(loss).detach().to(torch.float64)
+        value = torch.as_tensor(loss, dtype=torch.float64).detach()
         if value.shape != self.space.shape:
             raise ValueError(f"loss must have shape {self.space.shape}, not {tuple(value.shape)}.")
         return -value if self.param_groups[0]["maximize"] else value
 
-    def _propose(self, index: int, p: Tensor, group: dict[str, Any], shared: dict[str, Tensor]) -> Slot:
+    def _propose(
+        self, index: int, p: Tensor, group: dict[str, Any], shared: dict[str, Tensor], clip: Tensor | None
+    ) -> Slot:
         """The direction's update for one parameter; nothing has moved yet."""
         state = self.state[p]
         state["step"] += 1
@@ -263,22 +322,43 @@ class SelfTuning(Optimizer):
         grad = cast(Tensor, p.grad).to(weight.dtype)
         if group["maximize"]:
             grad = -grad
-        grad = self.direction.couple(grad, weight, options).to(weight.dtype)
-        slot = Slot(p, weight, grad, state, options, self.space, index, shared, self.direction, update=grad)
+        clipped = grad if clip is None else grad * self.space.spread(clip.to(weight.device), weight)
+        coupled = self.direction.couple(clipped, weight, options).to(weight.dtype)
+        slot = Slot(
+            p,
+            weight,
+            coupled,
+            grad,
+            state,
+            options,
+            self.space,
+            index,
+            shared,
+            self.direction,
+            update=coupled,
+        )
         slot.update = self.direction.propose(slot)
         return slot
 
     def _apply(self, slot: Slot) -> None:
         """Move one parameter."""
-        p, state = slot.parameter, slot.state
         rate = self.rule.choose(slot)
         update = self.direction.shrink(slot.update, slot.weight, slot.options)
         write_back_(slot.weight, update, slot.options["lr"], rate)
         kept = self.rule.settle(slot)
-        if is_short(p):
-            narrow_(p, state["compensation"], slot.weight if kept is None else kept)
-        elif kept is not None:
-            p.copy_(kept)
+        if kept is not None:
+            slot.weight.copy_(kept)
+        self._store(slot)
+
+    def _store(self, slot: Slot) -> None:
+        """A short weight's value was computed beside it."""
+        if is_short(slot.parameter):
+            narrow_(slot.parameter, slot.state["compensation"], slot.weight)
+
+    def _finish(self, slot: Slot) -> None:
+        """Take the weight as it now is into the average."""
+        if self.average is not None:
+            self.average.fold(slot.state["average"], slot.weight, slot.state["step"], slot.options)
 
     def _members(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         for group in self.param_groups:
@@ -293,7 +373,7 @@ class SelfTuning(Optimizer):
 
     def _declared(self, p: Tensor, group: dict[str, Any]) -> tuple[State, ...]:
         compensation = (State("compensation"),) if is_short(p) else ()
-        return (*self.direction.declare(group), *self.rule.declare(group), *compensation)
+        return (*(state for part in self._parts() for state in part.declare(group)), *compensation)
 
     def _begin(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
@@ -437,8 +517,8 @@ class SelfTuning(Optimizer):
             )
             raise ValueError(f"no part of this optimizer reads the option {name!r} of {where}: {hint}")
         options = {**self.defaults, **group}
-        for part in (self.direction, self.rule):
-            replace(part, **{name: options[name] for name in part.options()})
+        for part in self._parts():
+            replace(part, **{name: options[name] for name in part.options()}).check_group(options)
         declared = {state.name for state in self.direction.declare(options)}
         for name in self.rule.needs(options):
             if name not in declared:
@@ -446,6 +526,7 @@ class SelfTuning(Optimizer):
                     f"{type(self.rule).__name__} with these options needs a direction that keeps {name}."
                 )
         require("lr", options["lr"], "a finite number of at least 0", lambda v: all_of(v >= 0, v < math.inf))
+        require("max_norm", options["max_norm"], "above 0", lambda v: v > 0)
         require("maximize", options["maximize"], "True or False", lambda v: isinstance(v, bool))
         for name in self.defaults:
             for value in options[name] if isinstance(options[name], tuple) else (options[name],):
@@ -457,10 +538,10 @@ class SelfTuning(Optimizer):
 
     def _check_shared(self, group: dict[str, Any], first: dict[str, Any]) -> None:
         """Refuse options of its own in a group where the rule has one rate for all."""
-        if self.rule.declare_shared(first) or self.rule.declare_shared(group):
-            for name in self.rule.options():
-                if not same_value(group[name], first[name]):
-                    raise ValueError(f"{name} is one for all groups here; a group may have an lr of its own.")
+        is_global = self.rule.declare_shared(first) or self.rule.declare_shared(group)
+        for name in ("max_norm", *(self.rule.options() if is_global else ())):
+            if not same_value(group[name], first[name]):
+                raise ValueError(f"{name} is one for all groups here; a group may have an lr of its own.")
 
     def _check_parameter(self, p: Tensor) -> None:
         if p.is_complex():
@@ -477,6 +558,7 @@ class SelfTuning(Optimizer):
             **super().__getstate__(),
             "direction": self.direction,
             "rule": self.rule,
+            "average": self.average,
             "space": self.space,
             "track_rates": self.track_rates,
         }
@@ -485,6 +567,37 @@ class SelfTuning(Optimizer):
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch puts it there; nothing here reads it
         self._remember_random_state()
+
+    # ------------------------------------------------------------------------------------------------- the average
+
+    _swapped = False
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, every parameter is its average, for an evaluation; afterwards it is what it was.
+
+        Without an ``average`` nothing is swapped. Statistics that a model has gathered at the iterates (BatchNorm's)
+        are not averaged: ``torch.optim.swa_utils.update_bn`` gathers them anew inside.
+
+        Raises:
+            RuntimeError: from :meth:`step`, inside.
+        """
+        if self.average is None or self._swapped:
+            yield
+            return
+        swapped = [p for p, _ in self._members() if "average" in self.state.get(p, {})]
+        iterates = [p.detach().clone() for p in swapped]
+        self._swapped = True
+        try:
+            with torch.no_grad():
+                for p in swapped:
+                    p.copy_(self.state[p]["average"])
+            yield
+        finally:
+            with torch.no_grad():
+                for p, iterate in zip(swapped, iterates, strict=True):
+                    p.copy_(iterate)
+            self._swapped = False
 
     # ------------------------------------------------------------------------------------------------- the rates
 
@@ -584,6 +697,12 @@ def same_value(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return a is b or torch.equal(torch.as_tensor(a), torch.as_tensor(b))
     return a == b
+
+
+def keep_share_(weight: Tensor, origin: Tensor, share: Number) -> None:
+    """weight <- origin + share (weight - origin), in place: the origin itself where ``share`` is 0."""
+    shares = torch.as_tensor(share, dtype=weight.dtype, device=weight.device)
+    weight.copy_(torch.where(shares > 0, torch.lerp(origin, weight, shares), origin))
 
 
 def write_back_(weight: Tensor, update: Tensor, lr: Number, rate: Number) -> None:

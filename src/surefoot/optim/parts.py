@@ -44,7 +44,9 @@ class Slot:
     weight: Tensor
     """The parameter's value, in the dtype of the arithmetic."""
     grad: Tensor
-    """The gradient of what is minimised, coupled weight decay included; shape and dtype of ``weight``."""
+    """The gradient of what is minimised, clipped, and then coupled weight decay added; shape and dtype of ``weight``."""
+    loss_grad: Tensor
+    """The loss's own gradient: neither clipped nor with weight decay."""
     state: dict[str, Any]
     """Declared tensors by name, and ``step``: how many gradients this parameter has been given, this one included."""
     options: Mapping[str, Any]
@@ -85,6 +87,9 @@ class Part:
 
     def check(self) -> None:
         """Raise ``ValueError``, naming the option and its range, where an option is out of range."""
+
+    def check_group(self, options: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` where a group's options, those of the other parts too, do not go together."""
 
     def options(self) -> dict[str, Any]:
         """The options with their values, by name."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 
@@ -31,20 +32,38 @@ class RandomState:
         for device, state in zip(self._devices, self._states, strict=True):
             torch.get_device_module(device).set_rng_state(state, device)
 
+    def is_now(self) -> bool:
+        """Whether the streams are at that moment: nothing has been drawn since."""
+        now = self.now()
+        pairs = zip([self._host, *self._states], [now._host, *now._states], strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
+
     def now(self) -> RandomState:
         """The state of the same streams now."""
         return RandomState(self._devices)
 
 
 @contextmanager
-def leaving_no_trace(parameters: Sequence[Tensor], replay: RandomState) -> Iterator[None]:
-    """Whatever is computed in the block starts from the random state ``replay``, and nothing remembers it."""
+def leaving_no_trace(
+    parameters: Sequence[Tensor], replay: RandomState, *, in_part: bool = False
+) -> Iterator[None]:
+    """Whatever is computed in the block starts from the random state ``replay``, and nothing remembers it.
+
+    With ``in_part`` it computes the loss of a part of the batch, which has to be the same alone as among the rest.
+
+    Raises:
+        ValueError: it isn't: a module normalises over the batch, or random numbers were drawn.
+    """
     streams = replay.now()
     gradients = [p.grad for p in parameters]
     buffers: dict[int, tuple[nn.Module, str, Tensor, Tensor]] = {}
     seen: set[nn.Module] = set()
 
     def keep(module: nn.Module, _: Any) -> None:
+        if in_part and module.training and isinstance(module, _BatchNorm):
+            raise ValueError(
+                "a part of the batch cannot be probed: BatchNorm makes its loss depend on the rest; evaluate all of it."
+            )
         if module in seen:
             return
         for part in module.modules():
@@ -59,6 +78,11 @@ def leaving_no_trace(parameters: Sequence[Tensor], replay: RandomState) -> Itera
     replay.restore()
     try:
         yield
+        if in_part and not replay.is_now():
+            raise ValueError(
+                "a part of the batch cannot be probed: the model draws random numbers (dropout), which would be others "
+                "than the whole batch had; evaluate all of it."
+            )
     finally:
         hook.remove()
         streams.restore()

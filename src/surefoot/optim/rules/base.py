@@ -62,6 +62,14 @@ class Rule(Part):
     ) -> None:
         """After a probe: adapt the ``shared`` state by the batch's loss here and there, as ``loss`` above."""
 
+    def retracts(self, options: Mapping[str, Any]) -> bool:
+        """Whether a step may be shortened once its loss is known (:meth:`share`); costs a copy of the weights."""
+        return False
+
+    def share(self, slot: Slot) -> Number:
+        """After :meth:`judge`: the share of the step to keep, one number for each model, spread over the weight."""
+        raise NotImplementedError
+
     def choose(self, slot: Slot) -> Number:
         """The rate of this step, from what is known before the weight moves; stores the rule's own state.
 

@@ -5,9 +5,10 @@ Wojcik, Maziarka & Tabor 2018 (Schedae Informaticae 27, arXiv 1902.07656), for e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from surefoot.optim.directions import is_some
 from surefoot.optim.parts import Number, Slot, State, all_of, require, require_limits, require_whole
 from surefoot.optim.rules.base import Rule
 
-PROBES = ("step", "raw")
+PROBES = ("step", "raw", "next")
 
 
 def rises(f0: Tensor, f1: Tensor, h: Tensor, slope: Tensor, threshold: Number, floor: Tensor) -> Tensor:
@@ -34,6 +35,24 @@ def rises(f0: Tensor, f1: Tensor, h: Tensor, slope: Tensor, threshold: Number, f
     return enough | hidden
 
 
+def polyak_cap(f0: Tensor, slope: Tensor, lower_bound: Number) -> Tensor:
+    """The longest step whose end can be the minimum of a parabola that stays above ``lower_bound``.
+
+    2 (f0 - lower_bound) / slope: a parabola a t^2 - slope t + f0 has its minimum f0 - slope^2 / 4a at slope / 2a, and the
+    one that just touches the bound has the longest. Infinite for a direction that goes uphill.
+    """
+    room = (f0 - lower_bound).clamp(min=0)
+    return torch.where(slope > 0, 2 * room / slope, math.inf)
+
+
+def parabola_minimum(f0: Tensor, f1: Tensor, h: Tensor, slope: Tensor) -> Tensor:
+    """Where the parabola through f0 (with that slope) and f1 at h is least: slope h^2 / (2 (f1 - f0 + h slope)).
+
+    Of use where f1 > f0 with slope > 0, or f1 is infinite (then 0). NaN where f1 is.
+    """
+    return slope * h * h / (2 * (f1 - f0 + h * slope))
+
+
 @dataclass(frozen=True)
 class LossGrad(Rule):
     """One step size h for all parameters: h <- h up or h / down after each probe of the loss (:func:`rises`).
@@ -43,22 +62,38 @@ class LossGrad(Rule):
 
     ``initial_rate``: h at the start, above 0. ``up`` and ``down``: at least 1; equal ones make h the median over the
     batches of the best step, a larger ``down`` a lower quantile, log up / (log up + log down). ``threshold`` in (0, 1].
-    ``probe_every`` = k: a probe at every k-th step, with factors up^k and down^k. ``step_sizes``: smallest and largest
-    h. ``probe``: "step" looks along the step that is taken, "raw" along the direction without its momentum (g, or
-    Adam's g / (sqrt(v_hat) + eps)), with the momentum's gain divided out of the step.
+    ``ramp``: at least 1; until h has gone both up and down, its factors are at least this, so that an initial rate that is
+    far off does not take hundreds of steps to leave. ``probe_every`` = k: a probe at every k-th step, with factors up^k and down^k. ``step_sizes``: smallest and largest
+    h.
+
+    ``probe``: "step" looks along the step that is taken; "raw" along the direction without its momentum (g, or Adam's
+    g / (sqrt(v_hat) + eps)), with the momentum's gain divided out of the step; "next" takes the next step's loss for the
+    probe, at no cost, and is right where every step has the same data (full batch) and nothing is random.
+
+    Against spikes: ``lower_bound``, one of the loss (0 for cross-entropy and squares), keeps each step below
+    :func:`polyak_cap`, which h itself does not see. ``retract`` takes back what was too much of a step after which the
+    loss is higher, or no number: up to the parabola's minimum, or all of it; and until h has gone both up and down, all
+    of a step that lowers h, so that an initial rate that is too high does no harm. It costs a copy of the weights.
+
+    ``horizon`` = T: the steps that are taken fade linearly, from h to h / T at step T and then to 0; the probe stays at h.
+    ``None``: no fading.
 
     Parameter groups with their own lr move by their own multiple of the one h. A scheduler shortens the step that is
-    taken, not the one that is probed, so that h does not grow to undo the schedule: where a group has an ``initial_lr``
-    (schedulers write it), that is its multiple.
+    taken, not the one that is probed, so that h does not grow to undo the schedule: where a group has a ``max_lr`` or an
+    ``initial_lr`` (schedulers write them), that is its multiple.
     """
 
     initial_rate: Number = 1e-4
     up: Number = 1.05
     down: Number = 1.05
     threshold: Number = 0.5
+    ramp: Number = 1.0
     probe_every: int = 1
     step_sizes: tuple[float, float] = (1e-12, 1e6)
     probe: str = "step"
+    lower_bound: Number = -math.inf
+    retract: bool = False
+    horizon: int | None = None
 
     needs_loss: ClassVar[bool] = True
     probes: ClassVar[bool] = True
@@ -68,17 +103,32 @@ class LossGrad(Rule):
         require("up", self.up, "at least 1", lambda v: v >= 1)
         require("down", self.down, "at least 1", lambda v: v >= 1)
         require("threshold", self.threshold, "in (0, 1]", lambda v: all_of(v > 0, v <= 1))
+        require("ramp", self.ramp, "at least 1", lambda v: v >= 1)
         require_whole("probe_every", self.probe_every, 1)
         require("probe", self.probe, f"one of {', '.join(PROBES)}", lambda v: v in PROBES)
+        if self.probe == "next":
+            require("probe_every", self.probe_every, "1 with probe='next', which is free", lambda v: v == 1)
         require_limits("step_sizes", self.step_sizes)
+        require("lower_bound", self.lower_bound, "below infinity", lambda v: v < math.inf)
+        if self.retract:
+            require("probe", self.probe, "'step' to retract steps by it", lambda v: v == "step")
+        if self.horizon is not None:
+            require_whole("horizon", self.horizon, 1, "steps, or None")
+
+    def check_group(self, options: Mapping[str, Any]) -> None:
+        if (
+            options["probe"] == "next"
+            and options["decoupled_weight_decay"]
+            and is_some(options["weight_decay"])
+        ):
+            raise ValueError(
+                "probe='next' cannot tell decoupled weight decay from the step; use coupled decay."
+            )
 
     def declare_shared(self, options: Mapping[str, Any]) -> tuple[State, ...]:
-        return (
-            State("step_size", options["initial_rate"]),
-            State("slope"),
-            State("decay_slope"),
-            State("decay_bend"),
-        )
+        names = ["steps", "rose", "fell", "used", "taken", "slope", "decay_slope", "decay_bend"]
+        names += ["before", "share"] * (options["probe"] == "next") + ["limit"] * bool(options["retract"])
+        return (State("step_size", options["initial_rate"]), *(State(name) for name in names))
 
     def measure(
         self,
@@ -87,8 +137,15 @@ class LossGrad(Rule):
         options: Mapping[str, Any],
         loss: Tensor | None,
     ) -> None:
-        space, along = slots[0].space, [multiple(slot) * looks_along(slot) for slot in slots]
-        shared["slope"].copy_(space.dot([slot.grad for slot in slots], along))
+        h, steps = shared["step_size"], shared["steps"]
+        loss = cast(Tensor, loss).to(h.device)
+        if options["probe"] == "next":
+            judged = self._judged(slots, shared, options, shared["before"], loss)
+            h.copy_(torch.where(steps > 0, judged, h))
+            shared["before"].copy_(loss)
+        space, grads = slots[0].space, [slot.loss_grad for slot in slots]
+        along = [multiple(slot) * looks_along(slot) for slot in slots]
+        slope = space.dot(grads, along).to(h.device)
         # Coupled decay adds w/2 |x|^2 to what is minimised but not to the loss: along x - h d it changes by
         # -h w <x, d> + h^2 w/2 |d|^2.
         decays = [slot.direction.coupled(slot.options) for slot in slots]
@@ -96,23 +153,31 @@ class LossGrad(Rule):
             shrunk = [decay * d for decay, d in zip(decays, along, strict=True)]
             shared["decay_slope"].copy_(space.dot([slot.weight for slot in slots], shrunk))
             shared["decay_bend"].copy_(space.dot(shrunk, along) / 2)
+        shared["slope"].copy_(slope + shared["decay_slope"])
+        fade = faded(steps, options["horizon"])
+        shared["used"].copy_(h.fmin(polyak_cap(loss, shared["slope"], options["lower_bound"])))
+        shared["taken"].copy_(shared["used"] * fade)
+        if options["probe"] == "next":
+            taken = [slot.options["lr"] * looks_along(slot) for slot in slots]
+            scheduled = any(map(is_scheduled, slots))
+            share = space.dot(grads, taken).to(h.device) / slope if scheduled else torch.ones_like(slope)
+            shared["share"].copy_(share * fade)
+        steps.add_(1)
 
     def choose(self, slot: Slot) -> Tensor:
         slot.adapted = True
-        h = slot.spread(slot.shared["step_size"])
+        h = slot.spread(slot.shared["taken"])
         return h / slot.direction.gain(slot.options) if slot.options["probe"] == "raw" else h
 
     def probes_at(self, clock: int, options: Mapping[str, Any]) -> bool:
-        return clock % options["probe_every"] == 0
+        return options["probe"] != "next" and clock % options["probe_every"] == 0
 
     def ahead(self, slot: Slot) -> Tensor | None:
-        if (
-            slot.options["probe"] == "step"
-            and not is_scheduled(slot)
-            and not slot.direction.shrinks(slot.options)
-        ):
+        o = slot.options
+        goes_there = o["probe"] == "step" and o["horizon"] is None and not is_scheduled(slot)
+        if goes_there and not slot.direction.shrinks(o):
             return None
-        return slot.spread(slot.shared["step_size"]) * multiple(slot) * looks_along(slot)
+        return slot.spread(slot.shared["used"]) * multiple(slot) * looks_along(slot)
 
     def judge(
         self,
@@ -122,35 +187,82 @@ class LossGrad(Rule):
         before: Tensor,
         after: Tensor,
     ) -> None:
-        h, device, steps = shared["step_size"], shared["step_size"].device, options["probe_every"]
-        before, after = before.to(device), after.to(device)
+        shared["step_size"].copy_(self._judged(slots, shared, options, before, after))
+
+    def _judged(
+        self,
+        slots: Sequence[Slot],
+        shared: dict[str, Tensor],
+        options: Mapping[str, Any],
+        before: Tensor,
+        after: Tensor,
+    ) -> Tensor:
+        """The step size after a look at the loss before and after a step; stores how much of it to keep."""
+        h, slope, every = shared["step_size"], shared["slope"], options["probe_every"]
+        before, after = before.to(h.device), after.to(h.device)
+        # On a parabola the share of the predicted decrease that is missing grows with the step: where a schedule took a
+        # share of h, it's compared with that share of the threshold.
+        share = shared.get("share", 1.0)
+        looked = shared["used"] * share
         # Half the predicted change is compared with losses that are rounded, as are the weights they are made from:
         # four units in the last place.
         floor = 8 * torch.finfo(slots[0].parameter.dtype).eps * before.abs()
-        after = after - h * shared["decay_slope"] + h * h * shared["decay_bend"]
-        risen = rises(before, after, h, shared["slope"], options["threshold"], floor)
-        h.copy_(
-            torch.where(risen, h * options["up"] ** steps, h / options["down"] ** steps).clamp(
-                *options["step_sizes"]
-            )
-        )
+        after = after - looked * shared["decay_slope"] + looked * looked * shared["decay_bend"]
+        risen = rises(before, after, looked, slope, options["threshold"] * share, floor)
+        if options["retract"]:
+            least = parabola_minimum(before, after, looked, slope).nan_to_num(nan=0.0).clamp(min=0)
+            least = torch.where(after <= before, math.inf, least)
+            found = (shared["rose"] > 0) & (shared["fell"] > 0)
+            shared["limit"].copy_(torch.where(found | risen, least, 0.0))
+        turned = torch.where(risen, shared["fell"], shared["rose"]) > 0
+        counts = shared["steps"] > 0
+        shared["rose"].copy_((shared["rose"] > 0) | (risen & counts))
+        shared["fell"].copy_((shared["fell"] > 0) | (~risen & counts))
+        up, down, ramp = options["up"] ** every, options["down"] ** every, options["ramp"]
+        longer = torch.where(turned, h * up, h * larger(up, ramp))
+        # A capped step has told nothing of a longer one.
+        longer = torch.where(shared["used"] < h, h, longer)
+        shorter = torch.where(turned, h / down, h / larger(down, ramp))
+        return torch.where(risen, longer, shorter).clamp(*options["step_sizes"])
+
+    def retracts(self, options: Mapping[str, Any]) -> bool:
+        return options["retract"]
+
+    def share(self, slot: Slot) -> Number:
+        shared = slot.shared
+        taken = slot.options["lr"] * slot.spread(shared["taken"])
+        return (slot.spread(shared["limit"]) * multiple(slot) / taken).clamp(max=1)
 
     def current(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> Number:
-        return state.get("step_size", options["initial_rate"])
+        if "step_size" not in state:
+            return options["initial_rate"]
+        return state["step_size"] * faded(state["steps"], options["horizon"])
+
+
+def larger(a: Number, b: Number) -> Number:
+    """The larger of two numbers, one for each model if either is."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+    return max(a, b)
+
+
+def faded(steps: Tensor, horizon: int | None) -> Number:
+    """The share of the rate left after that many steps: 1 - steps / horizon, and 0 beyond."""
+    return 1.0 if horizon is None else (1 - steps / horizon).clamp(min=0)
 
 
 def looks_along(slot: Slot) -> Tensor:
     """The direction that is probed."""
-    return slot.update if slot.options["probe"] == "step" else slot.direction.raw(slot)
+    return slot.direction.raw(slot) if slot.options["probe"] == "raw" else slot.update
 
 
 def multiple(slot: Slot) -> Number:
-    """What a parameter's step is multiplied by when it is probed: its group's lr, before any schedule."""
-    return slot.options.get("initial_lr", slot.options["lr"])
+    """What a parameter's step is multiplied by when it is probed: its group's lr, before or at the peak of a schedule."""
+    o = slot.options
+    return o.get("max_lr", o.get("initial_lr", o["lr"]))
 
 
 def is_scheduled(slot: Slot) -> bool:
     """Whether the step that is taken may differ from the one that is probed."""
-    lr = slot.options["lr"]
-    first = slot.options.get("initial_lr", lr)
+    lr, first = slot.options["lr"], multiple(slot)
     return first is not lr and (isinstance(lr, Tensor) or isinstance(first, Tensor) or first != lr)
