@@ -1,18 +1,42 @@
 """Every optimizer of the command line is the one of its name, with all its settings, at the rate that was asked for."""
 
 import json
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from surefoot import AdamUpd, CoRe, DropoutRprop, HyperReg, LossGrad, SelfTuning, SGDUpd, SRprop, WNGrad
-from surefoot.lab.catalogue import CATALOGUE, build, resolve
+from surefoot import (
+    L4,
+    PAL,
+    QLAB,
+    SPS,
+    AdamUpd,
+    CoRe,
+    DropoutRprop,
+    HypergradientDescent,
+    HyperReg,
+    LossGrad,
+    SelfTuning,
+    SGDUpd,
+    SRprop,
+    WNGrad,
+)
+from surefoot.lab.catalogue import CATALOGUE, build, resolve, schedule_of
 from surefoot.lab.errors import UserError
+from surefoot.lab.packages import RIVALS
 from surefoot.lab.plan import parse_optimizers
+from surefoot.lab.schedules import SCHEDULES
 from surefoot.optim import directions, rules
 
 RATES = (1e-5, 1e-2, 10.0)
+OWN = [name for name in CATALOGUE if name not in RIVALS]
+"""surefoot's; what is of other packages is looked at in test_packages.py."""
+
+FIND_THEIR_RATE = {"l4", "l4-momentum", "l4-adam", "pal"}
+"""What is varied for these is no rate: the first step finds it."""
+
 NEED_ANOTHER = {"nesterov", "frozen", "after_warmup"}
 """Settings that are refused without another one: a momentum, a history of scores, a warm-up."""
 
@@ -23,6 +47,8 @@ WORDS = {
     "direction": "momentum",
     "first": "step",
     "probe": "raw",
+    "average": "mean",
+    "form": "multiplicative",
 }
 """Another value of every setting that is a word."""
 
@@ -91,6 +117,12 @@ class TestMethods:
             ("lossgrad", lambda p: LossGrad(p, initial_rate=0.01)),
             ("lossgrad-adam[probe=raw,probe_every=8]", lambda p: LossGrad(p, direction="adam", probe="raw", probe_every=8, initial_rate=0.01)),
             ("wngrad[first=step]", lambda p: WNGrad(p, initial_rate=0.01, first="step")),
+            ("l4-adam[attainable=0.5]", lambda p: L4(p, direction="adam", fraction=0.01, attainable=0.5)),
+            ("sps[growth=1.001]", lambda p: SPS(p, bound=0.01, growth=1.001)),
+            ("pal[momentum=0]", lambda p: PAL(p, probe_length=0.01, momentum=0.0)),
+            ("qlab-momentum", lambda p: QLAB(p, direction="momentum", initial_rate=0.01)),
+            ("hypergradient-adam", lambda p: HypergradientDescent(p, direction="adam", initial_rate=0.01)),
+            ("hypergradient[form=multiplicative,hyper_rate=0.02]", lambda p: HypergradientDescent(p, initial_rate=0.01, form="multiplicative")),
             ("momentum-window[window=4]", lambda p: SelfTuning(p, directions.Momentum(), rules.Window(0.01, window=4))),
             ("nesterov-window[window=4]", lambda p: SelfTuning(p, directions.Nesterov(), rules.Window(0.01, window=4))),
         ],
@@ -100,19 +132,20 @@ class TestMethods:
 
     def test_every_direction_times_the_window_has_a_name(self):
         combinations = {
-            (type(o.direction), type(o.rule)) for name in CATALOGUE for o in [by_name(name)([torch.zeros(2)])]
+            (type(o.direction), type(o.rule)) for name in OWN for o in [by_name(name)([torch.zeros(2)])]
         }
         for direction in ("SGD", "Momentum", "Nesterov", "Adam", "Sign"):
             assert (getattr(directions, direction), rules.Window) in combinations
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", OWN)
 class TestEvery:
     def test_starts_at_the_rate_asked_for(self, name):
         for rate in RATES:
             optimizer = build([torch.zeros(3, requires_grad=True)], name, settings_of(name), rate)
             rates = optimizer.rates()
-            assert (rates.min, rates.max) == pytest.approx((rate, rate), rel=1e-6)
+            expected = 0.0 if name in FIND_THEIR_RATE else rate
+            assert (rates.min, rates.max) == pytest.approx((expected, expected), rel=1e-6)
 
     def test_is_the_same_after_json(self, name):
         settings = settings_of(name)
@@ -133,20 +166,28 @@ class TestEvery:
                     build([torch.zeros(3)], name, changed, 0.01)
             else:
                 other = build([torch.zeros(3)], name, changed, 0.01)
-                assert (other.direction, other.rule) != (plain.direction, plain.rule), setting
+                assert known_by(other) != known_by(plain), setting
 
     def test_has_a_summary_of_one_line(self, name):
         assert CATALOGUE[name].summary
         assert "\n" not in CATALOGUE[name].summary
 
 
+def known_by(optimizer):
+    return optimizer.direction, optimizer.rule, optimizer.average, optimizer.defaults
+
+
 def another(default):
     """A value of the same type."""
+    if default is None:  # a count
+        return 7
     if isinstance(default, bool):
         return not default
+    if not isinstance(default, tuple) and math.isinf(default):
+        return 1.0
     if isinstance(default, tuple):
         return (*default[:-1], default[-1] * 1.25) if default[-1] > 1 else (default[0] / 2, *default[1:])
-    if isinstance(default, int) or default > 1:  # a factor above 1 stays one
+    if isinstance(default, int) or default >= 1:  # a factor of at least 1 stays one
         return default + 1
     return default / 2 + 0.01
 
@@ -174,7 +215,13 @@ class TestResolve:
             ("srprop[initial_rate=3]", "no setting 'initial_rate'"),
             ("srprop[maximize=true]", "no setting 'maximize'"),
             ("adamw[decoupled_weight_decay=false]", "no setting 'decoupled_weight_decay'"),
-            ("sgd[zzz=3]", "there are weight_decay, decoupled_weight_decay"),
+            ("sgd[zzz=3]", "there are weight_decay, decoupled_weight_decay, schedule"),
+            ("adam[schedule=cosin]", r"^adam\[schedule\] is one of none, linear, cosine, .*, not cosin\.$"),
+            ("adam[schedule=3]", r"^adam\[schedule\] takes a word, such as none, not 3\.$"),
+            (
+                "lossgrad[horizon=2.5]",
+                r"^lossgrad\[horizon\] takes none or a whole number, such as none, not 2.5\.$",
+            ),
             ("srprop[window=2.5]", r"srprop\[window\] takes a whole number, such as 50, not 2.5"),
             ("srprop[window=inf]", "takes a whole number"),
             ("srprop[window=true]", "takes a whole number, such as 50, not true"),
@@ -200,7 +247,7 @@ class TestResolve:
         assert str(error.value).endswith(".")
         assert "\n" not in str(error.value)
 
-    @pytest.mark.parametrize("name", CATALOGUE)
+    @pytest.mark.parametrize("name", OWN)
     def test_rates_beyond_single_precision_are_refused(self, name):
         (request,) = parse_optimizers(name)
         for rate in (1e39, 1e-50):
@@ -226,3 +273,26 @@ class TestResolve:
         (request,) = parse_optimizers("srprop")
         with pytest.raises(UserError, match="initial_rate must be above 0"):
             resolve(request, (1e-3, 0.0))
+
+
+class TestSchedule:
+    @pytest.mark.parametrize("name", OWN)
+    def test_is_a_setting_of_every_optimizer(self, name):
+        for schedule in SCHEDULES:
+            settings = settings_of(f"{name}[schedule={schedule}]")
+            assert schedule_of(settings) == schedule
+            assert isinstance(build([torch.zeros(3)], name, settings, 0.01), SelfTuning)
+
+    def test_none_leaves_a_run_known_as_it_was(self):
+        """Runs that were stored before there were schedules are found again."""
+        assert settings_of("adam[schedule=none]") == settings_of("adam")
+        assert "schedule" not in settings_of("adam")
+        assert schedule_of(settings_of("adam")) == "none"
+        assert settings_of("adam[schedule=linear]") == {**settings_of("adam"), "schedule": "linear"}
+
+
+def test_none_can_be_a_word():
+    assert settings_of("srprop[undo=none]")["undo"] == "none"
+    assert settings_of("lossgrad[horizon=none]")["horizon"] is None
+    horizon = settings_of("lossgrad[horizon=6e2]")["horizon"]
+    assert (horizon, type(horizon)) == (600, int)

@@ -15,10 +15,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from surefoot import SelfTuning
 from surefoot.lab.catalogue import resolve
 from surefoot.lab.errors import UserError
 from surefoot.lab.plan import parse_optimizers
 from surefoot.lab.runs import RunSpec
+from surefoot.lab.schedules import SCHEDULES
 from surefoot.lab.streams import stream_seed
 from surefoot.lab.tasks import Task
 from surefoot.lab.train import estimate_seconds, train
@@ -355,6 +357,62 @@ class TestBlocks:
             assert low <= mean <= high
 
 
+class TestSchedule:
+    def test_is_torchs_scheduler_moved_once_a_step(self):
+        task, spec = make_task(), make_spec("sgd[schedule=cosine]", rate=0.3, batch_size=6, epochs=3)
+        torch.manual_seed(stream_seed(0, "weights"))
+        model = task.model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3 * math.ceil(PATTERNS / 6))
+        order = torch.Generator().manual_seed(stream_seed(0, "order"))
+        torch.manual_seed(stream_seed(0, "training"))
+        train_loss, rates = [], []
+        for _ in range(3):
+            total = 0.0
+            for index in torch.randperm(PATTERNS, generator=order).split(6):
+                loss = nn.functional.cross_entropy(model(task.train[0][index]), task.train[1][index])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                used = optimizer.param_groups[0]["lr"]
+                schedule.step()
+                total += loss.item() * len(index)
+            train_loss.append(total / PATTERNS)
+            rates.append(used)
+
+        result = train(task, spec)
+        # Not to the bit: lr is a multiplier here, and the product rounds once more.
+        assert result.train_loss == pytest.approx(train_loss, rel=1e-6)
+        for curve in (result.rate_mean, result.rate_min, result.rate_max):
+            assert curve == pytest.approx(rates, rel=1e-5, abs=0)
+        assert 0 < result.rate_mean[-1] < 0.01 * result.rate_mean[0]
+
+    @pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "none"])
+    def test_shows_in_the_rates_of_a_rule_too(self, name):
+        plain = train(make_task(), make_spec("srprop[window=1000]", rate=0.01, epochs=6))
+        result = train(make_task(), make_spec(f"srprop[window=1000,schedule={name}]", rate=0.01, epochs=6))
+        assert plain.rate_mean == pytest.approx([0.01] * 6)
+        assert result.rate_mean[-1] < 0.6 * max(result.rate_mean) <= 0.6 * 0.01 * (1 + 1e-6)
+        assert result.train_loss != plain.train_loss
+
+    def test_none_is_the_run_without_one(self):
+        plain, none = make_spec("adam", rate=0.01), make_spec("adam[schedule=none]", rate=0.01)
+        assert plain.key == none.key
+        assert numbers(train(make_task(), plain)) == numbers(train(make_task(), none))
+
+    def test_is_timed_as_it_runs(self):
+        spec = make_spec("sgd[schedule=onecycle]", epochs=1, batch_size=30)  # as many steps as it is made for
+        assert estimate_seconds(make_task(), spec) > 0
+
+
+def test_validation_is_at_the_averaged_weights_and_training_is_not():
+    plain = train(make_task(), make_spec("lossgrad", rate=0.3))
+    averaged = train(make_task(), make_spec("lossgrad[average=mean]", rate=0.3))
+    assert averaged.train_loss == plain.train_loss
+    assert averaged.rate_mean == plain.rate_mean
+    assert averaged.validation_loss != plain.validation_loss
+
+
 class TestDivergence:
     def test_ends_the_run_with_finite_curves(self):
         task = make_task(model=lambda: nn.Linear(FEATURES, CLASSES), loss=lambda o, t: (o**2).mean(), block=6)
@@ -388,6 +446,16 @@ class TestDivergence:
         block = PATTERNS if where == "training" else 6
         result = train(make_task(loss=loss, block=block), make_spec(rate=1e30))
         assert (result.status, list(result.patterns)) == ("diverged", [])
+
+    def test_an_optimizer_that_fails_at_a_gradient_that_is_no_number_has_diverged(self, monkeypatch):
+        def step(self, **_):
+            assert all(torch.isfinite(p.grad).all() for p in self.param_groups[0]["params"])
+
+        monkeypatch.setattr(SelfTuning, "step", step)
+        task = make_task(loss=lambda o, t: o.mean() * math.nan)
+        result = train(task, make_spec())
+        assert (result.status, result.steps, list(result.patterns)) == ("diverged", 0, [])
+        assert estimate_seconds(task, make_spec()) >= 0
 
     def test_an_error_that_has_nothing_to_do_with_it_is_not_hidden(self):
         def loss(outputs, targets):

@@ -18,6 +18,7 @@ from surefoot._version import __version__
 from surefoot.lab import catalogue
 from surefoot.lab.errors import UserError
 from surefoot.lab.runs import RunResult, RunSpec, Scalar
+from surefoot.lab.schedules import scheduler
 from surefoot.lab.streams import own_random_state, seed_everything, stream_seed
 from surefoot.lab.tasks.base import Task
 
@@ -34,8 +35,9 @@ def train(task: Task, spec: RunSpec, device: str | torch.device = "cpu") -> RunR
     one seed are a pair. The streams are torch's, NumPy's and Python's global ones, which are left as they were found.
 
     A batch belongs to the block of ``task.block`` patterns in which it ends; the last batch of an epoch may be short and
-    the last block of the run too. At the end of each block the validation data are evaluated and the rates are read. A
-    loss or a metric that is not finite ends the run there, with status "diverged".
+    the last block of the run too. At the end of each block the validation data are evaluated, at the optimizer's averaged
+    weights where it has such, and the rates of its last step are read. A loss or a metric that is not finite ends the run
+    there, with status "diverged".
 
     Raises:
         UserError: the model fails on a last batch of a single pattern (as BatchNorm does), or the optimizer does not take
@@ -91,7 +93,7 @@ def estimate_seconds(
             try:
                 losses.append(run.step(index))
             except Exception:
-                if losses and run.is_lost():  # the run will end as diverged: these steps have to do
+                if run.is_lost():  # the run will end as diverged: these steps have to do
                     break
                 raise
             if len(losses) == _WARM_UP_STEPS:
@@ -100,15 +102,16 @@ def estimate_seconds(
                 deadline = began + moment
             if len(losses) > _WARM_UP_STEPS and time.perf_counter() > deadline:
                 break
-        losses[-1].item()
+        if losses:
+            losses[-1].item()
         timed = len(losses) - _WARM_UP_STEPS
-        step = (time.perf_counter() - began) / (timed if timed > 0 else len(losses))
+        step = (time.perf_counter() - began) / (timed if timed > 0 else max(len(losses), 1))
         began = time.perf_counter()
         _Curves().add(1, 0.0, run)
         point = time.perf_counter() - began
     patterns = len(task.train[0])
     points = math.ceil(patterns * spec.epochs / (task.block or patterns))
-    return making + step * spec.epochs * math.ceil(patterns / spec.batch_size) + point * points
+    return making + step * run.steps_in_all + point * points
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -138,6 +141,8 @@ class _Run:
         self.model = task.model().to(device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = catalogue.build(self.parameters, spec.optimizer, spec.settings, spec.rate)
+        self.steps_in_all = spec.epochs * math.ceil(len(self.inputs) / spec.batch_size)
+        self.schedule = scheduler(catalogue.schedule_of(spec.settings), self.steps_in_all, self.optimizer)
         self.steps = 0
         seed_everything(stream_seed(spec.seed, "training"), device)
 
@@ -175,6 +180,8 @@ class _Run:
 
     def step(self, index: Tensor) -> Tensor:
         """One update; returns the batch's loss before it, without waiting for the device."""
+        if self.schedule is not None and self.steps:
+            self.schedule.step()
         self.optimizer.zero_grad()
         try:
             loss = self.loss(index)
@@ -200,22 +207,24 @@ class _Run:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float | None]:
-        """Loss and metric over all validation patterns, in evaluation mode."""
+        """Loss and metric over all validation patterns, in evaluation mode, at what the optimizer would have evaluated."""
         self.model.eval()
         losses, metrics, sizes = [], [], []
-        for chunk in zip(*(t.split(_EVALUATED_AT_ONCE) for t in self.validation), strict=True):
-            inputs, targets = (part.clone() for part in chunk)  # which a model may change in place
-            outputs = self.model(inputs)
-            losses.append(self.task.loss(outputs, targets))
-            if self.task.metric is not None:
-                metrics.append(self.task.metric(outputs, targets))
-            sizes.append(len(inputs))
+        with self.optimizer.averaged():
+            for chunk in zip(*(t.split(_EVALUATED_AT_ONCE) for t in self.validation), strict=True):
+                inputs, targets = (part.clone() for part in chunk)  # which a model may change in place
+                outputs = self.model(inputs)
+                losses.append(self.task.loss(outputs, targets))
+                if self.task.metric is not None:
+                    metrics.append(self.task.metric(outputs, targets))
+                sizes.append(len(inputs))
         self.model.train()
         return _weighted_mean(losses, sizes), _weighted_mean(metrics, sizes) if metrics else None
 
     def is_lost(self) -> bool:
-        """Whether a weight is not a finite number any more."""
-        return not all(torch.isfinite(p).all() for p in self.parameters)
+        """Whether a weight or its gradient is not a finite number any more; a sparse one is another matter."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None and not p.grad.is_sparse]
+        return not all(torch.isfinite(t).all() for t in (*self.parameters, *gradients))
 
 
 @dataclass
