@@ -4,6 +4,8 @@
 #   make gate      lint, format and types
 #   make bench     time the optimizers and whole training loops (docs/performance.md)
 #   make table1    the MNIST table of the L-algorithms' paper (DATA=folder; half an hour on 2 cores)
+#   make insensitivity   LOSSGRAD from initial rates 1e-8 to 10 (DATA=folder; 25 minutes on 2 cores; its plots need Chromium)
+#   make hyperreg        hyper-regularization from 1e-4 to 1e4 (DATA=folder; 20 minutes on 2 cores; its plot needs Chromium)
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUT ?= surefoot-out
 
-.PHONY: compare test gate bench table1 clean
+.PHONY: compare test gate bench table1 insensitivity hyperreg clean
 
 compare: $(INSTALLED)
 	$(BIN)/surefoot compare digits --out $(OUT)
@@ -26,16 +28,23 @@ gate: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/rule_cost.py
 	$(BIN)/python benchmarks/throughput.py
 
 table1: $(INSTALLED)
 	$(BIN)/python benchmarks/table1.py --out $(OUT)/table1 $(if $(DATA),--data $(DATA))
 
+insensitivity: $(INSTALLED)
+	$(BIN)/python benchmarks/insensitivity.py --out $(OUT)/insensitivity $(if $(DATA),--data $(DATA))
+
+hyperreg: $(INSTALLED)
+	$(BIN)/python benchmarks/hyperreg_rates.py --out $(OUT)/hyperreg $(if $(DATA),--data $(DATA))
+
 # The environment: made again when what it is made from changes.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]' --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,rivals]' --group dev
 	touch $@
 
 clean:

@@ -13,14 +13,13 @@ the direction and the rule must read and write at every step.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from _shared import cpu_seconds, parser, ratio, timing_options
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -78,17 +77,6 @@ def parameters(weights: int, tensors: int) -> list[Tensor]:
     return made
 
 
-def cpu_seconds(work: Callable[[], object], at_least: float) -> float:
-    """CPU time of one call, over as many calls as fill ``at_least`` seconds."""
-    calls, spent = 0, 0.0
-    start = time.process_time()
-    while spent < at_least:
-        work()
-        calls += 1
-        spent = time.process_time() - start
-    return spent / calls
-
-
 def floor_seconds_per_word(weights: int, at_least: float) -> float:
     """Seconds to move one float32 word: an in-place scaling reads and writes each, of as many as Adam's step touches."""
     array = torch.ones(4 * weights)
@@ -124,24 +112,21 @@ def measure(weights: int, tensors: int, repeats: int, at_least: float) -> Table:
     fused = times[ENTRIES[0].name]
     for entry in ENTRIES:
         own = times[entry.name]
-        to_fused = statistics.median(a / b for a, b in zip(own, fused, strict=True))
-        to_floor = statistics.median(
-            a / (word * entry.floats * weights) for a, word in zip(own, words, strict=True)
+        floor = [word * entry.floats * weights for word in words]
+        table.add_row(
+            entry.name,
+            f"{1e3 * statistics.median(own):.3f}",
+            f"{ratio(own, fused):.2f}",
+            f"{ratio(own, floor):.2f}",
         )
-        table.add_row(entry.name, f"{1e3 * statistics.median(own):.3f}", f"{to_fused:.2f}", f"{to_floor:.2f}")
     return table
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument(
-        "--seconds", type=float, default=0.2, help="CPU time of each measurement (default 0.2)"
-    )
-    arguments = parser.parse_args()
+    made = parser(__doc__)
+    timing_options(made)
+    arguments = made.parse_args()
     torch.set_num_threads(1)
     console = Console(width=100)
     console.print(f"torch {torch.__version__}, one thread, CPU time, medians of {arguments.repeats}")

@@ -11,9 +11,14 @@ from surefoot._version import __version__
 
 if TYPE_CHECKING:
     from surefoot.optim import (
+        L4,
+        PAL,
+        QLAB,
+        SPS,
         AdamUpd,
         CoRe,
         DropoutRprop,
+        HypergradientDescent,
         HyperReg,
         LossGrad,
         Rates,
@@ -24,10 +29,15 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "L4",
+    "PAL",
+    "QLAB",
+    "SPS",
     "AdamUpd",
     "CoRe",
     "DropoutRprop",
     "HyperReg",
+    "HypergradientDescent",
     "LossGrad",
     "Rates",
     "SGDUpd",

@@ -79,8 +79,8 @@ def compare(
     task: Annotated[
         str,
         typer.Argument(
-            help="What is trained: digits, digits-mlp, mnist, fashion-mnist, regression, or a function in a file of "
-            "your own that returns a task, as my_task.py:task.",
+            help="What is trained: digits, digits-mlp, mnist, fashion-mnist, mnist-sigmoid, cifar10, regression, or a "
+            "function in a file of your own that returns a task, as my_task.py:task.",
             show_default=False,
         ),
     ],

@@ -1,4 +1,4 @@
-"""Made-up studies for the tests of the statistics and the report."""
+"""Made-up studies for the tests of the statistics and the report; no proxy for those of downloads."""
 
 import math
 
@@ -91,3 +91,8 @@ def make_run():
 @pytest.fixture(scope="session")
 def make_study():
     return _make_study
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")

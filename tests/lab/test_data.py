@@ -2,17 +2,14 @@
 
 import gzip
 import hashlib
-import http.server
-import threading
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from serving import served
 
 from surefoot.lab import data
-from surefoot.lab.data import DataSet, IdxFile, load_images, read_idx
+from surefoot.lab.data import IdxFile, IdxSet, load_images, read_idx
 from surefoot.lab.errors import UserError
 
 
@@ -41,9 +38,9 @@ def tiny(url="http://127.0.0.1:9/", packaged=None):
         name: IdxFile(name, hashlib.sha256(idx(array)).hexdigest(), hashlib.md5(PACKED[name]).hexdigest())
         for name, array in ARRAYS.items()
     }
-    return DataSet(
-        "tiny",
-        url,
+    return IdxSet(
+        name="tiny",
+        url=url,
         train=(files["train-images"], files["train-labels"]),
         test=(files["test-images"], files["test-labels"]),
         packaged=packaged,
@@ -179,40 +176,9 @@ class TestFolders:
             load_images(tiny(), tmp_path, environment={})
 
 
-@contextmanager
-def served(answer):
-    """An HTTP server here; ``answer(file name)`` gives status, announced length and content. Yields address and log."""
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            status, length, content = answer(Path(self.path).stem)
-            self.send_response(status)
-            self.send_header("Content-Length", str(length))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/", asked
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def as_published(name):
-    return 200, len(PACKED[name]), PACKED[name]
-
-
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def as_published(file):
+    packed = PACKED[file.removesuffix(".gz")]
+    return 200, len(packed), packed
 
 
 class TestDownload:
@@ -234,10 +200,13 @@ class TestDownload:
     @pytest.mark.parametrize(
         ("answer", "said"),
         [
-            (lambda name: (200, 7, b"changed"), "not the published file"),
-            (lambda name: (200, len(PACKED[name]), PACKED[name][:20]), "--data"),  # the connection breaks off
-            (lambda name: (404, 0, b""), "answered 404"),
-            (lambda name: (503, 0, b""), "answered 503"),
+            (lambda _: (200, 7, b"changed"), "not the published file"),
+            (
+                lambda file: (200, len(as_published(file)[2]), as_published(file)[2][:20]),
+                "--data",
+            ),  # the connection breaks off
+            (lambda _: (404, 0, b""), "answered 404"),
+            (lambda _: (503, 0, b""), "answered 503"),
         ],
         ids=["changed", "half", "absent", "overloaded"],
     )
@@ -262,7 +231,7 @@ class TestDownload:
         images, labels = source.train
         images = replace(images, md5=hashlib.md5(forged).hexdigest())
         with (
-            served(lambda name: (200, len(forged), forged)) as (url, _),
+            served(lambda _: (200, len(forged), forged)) as (url, _),
             pytest.raises(UserError, match="not the published one"),
         ):
             load_images(replace(source, url=url, train=(images, labels)), cache=tmp_path, environment={})

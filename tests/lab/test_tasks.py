@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from surefoot.lab.data import DataSet, IdxFile
+from surefoot.lab.data import CIFAR10, IdxFile, IdxSet, Images
 from surefoot.lab.errors import UserError
 from surefoot.lab.tasks import TASKS, Task, describe, explain, images, load
 
@@ -110,7 +110,9 @@ def small_mnist(tmp_path):
         raw = bytes([0, 0, 8, array.ndim]) + shape + array.tobytes()
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(raw))
         files.append(IdxFile(name, hashlib.sha256(raw).hexdigest(), md5=""))
-    return tmp_path, DataSet("small", "http://127.0.0.1:9/", (files[0], files[1]), (files[2], files[3]))
+    return tmp_path, IdxSet(
+        name="small", url="http://127.0.0.1:9/", train=(files[0], files[1]), test=(files[2], files[3])
+    )
 
 
 class TestPaperTasks:
@@ -140,6 +142,68 @@ class TestPaperTasks:
         (folder / "test-images.gz").write_bytes(b"damaged")
         with pytest.raises(UserError, match=r"test-images\.gz"):
             load("mnist", folder)
+
+
+def small_batch(**fields):
+    """A task whose batch is no larger than the few patterns of these tests."""
+    return Task(**{**fields, "batch_size": 2})
+
+
+class TestReportNetwork:
+    def test_is_the_reports(self, small_mnist, monkeypatch):
+        folder, source = small_mnist
+        monkeypatch.setattr(images, "MNIST", source)
+        monkeypatch.setattr(images, "Task", small_batch)
+        task = load("mnist-sigmoid", folder)
+        assert (task.train[0].unique().tolist(), task.validation[0].unique().tolist()) == ([0], [1])
+        assert task.train[1].tolist() == [3, 1, 4, 1]
+        assert describe(task).parameters == 397510
+        assert "397,510" in TASKS["mnist-sigmoid"].__doc__
+        torch.manual_seed(0)
+        model = task.model()
+        assert [type(layer).__name__ for layer in model] == [
+            "Flatten",
+            "Linear",
+            "Sigmoid",
+            "Linear",
+            "LogSoftmax",
+        ]
+        for weight, inputs in ((model[1].weight, 784), (model[3].weight, 500)):
+            assert 0.99 * inputs**-0.5 < weight.abs().max() <= inputs**-0.5
+
+
+class TestLossgradNetwork:
+    def test_is_the_papers(self):
+        torch.manual_seed(0)
+        model = images.lossgrad_cnn()
+        assert sum(p.numel() for p in model.parameters()) == 189230
+        shapes, x = [], torch.rand(2, 3, 32, 32)
+        for layer in model:
+            x = layer(x)
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                shapes.append(tuple(x.shape[1:]))
+        assert shapes == [(30, 28, 28), (40, 10, 10), (50, 3, 3), (250,), (100,), (10,)]
+        weights = torch.cat([p.flatten() for p in model.parameters() if p.ndim > 1])
+        assert abs(weights.mean()) < 1e-3
+        assert abs(weights.std() - 0.05) < 1e-3
+        assert all((p == 0.2).all() for p in model.parameters() if p.ndim == 1)
+
+    def test_its_images_are_centred_with_their_channels_first(self, monkeypatch):
+        pixels = np.zeros((3, 32, 32, 3), dtype=np.uint8)
+        pixels[1, 2, 3] = (0, 51, 255)
+        splits = (
+            (pixels, np.array([0, 7, 9], dtype=np.uint8)),
+            (pixels[:2], np.array([4, 2], dtype=np.uint8)),
+        )
+        monkeypatch.setattr(images, "load_images", lambda source, folder: {CIFAR10: Images(*splits)}[source])
+        monkeypatch.setattr(images, "Task", small_batch)
+        task = load("cifar10")
+        assert task.train[0].shape == (3, 3, 32, 32)
+        torch.testing.assert_close(task.train[0][1, :, 2, 3], torch.tensor([-0.5, -0.3, 0.5]))
+        assert (task.train[0] != -0.5).sum() == 2
+        assert (task.train[1].tolist(), task.validation[1].tolist()) == ([0, 7, 9], [4, 2])
+        assert task.epochs == 60
+        assert f"{describe(task).parameters:,}" in TASKS["cifar10"].__doc__
 
 
 def task(**changes):
@@ -393,7 +457,7 @@ class TestRefused:
         [
             ("digit", "did you mean digits"),
             ("minst", "did you mean mnist"),
-            ("qqqq", "the tasks are digits, digits-mlp, mnist, fashion-mnist, regression"),
+            ("qqqq", "the tasks are digits, digits-mlp, mnist, .*, regression, or"),
             ("", "the tasks are"),
             ("digits:task", "There is no task 'digits:task'"),
         ],

@@ -9,7 +9,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from surefoot import AdamUpd, CoRe, DropoutRprop, HyperReg, LossGrad, SelfTuning, SGDUpd, SRprop, WNGrad
+from surefoot import (
+    L4,
+    PAL,
+    QLAB,
+    SPS,
+    AdamUpd,
+    CoRe,
+    DropoutRprop,
+    HypergradientDescent,
+    HyperReg,
+    LossGrad,
+    SelfTuning,
+    SGDUpd,
+    SRprop,
+    WNGrad,
+)
 from surefoot.optim import directions, rules
 
 
@@ -192,6 +207,111 @@ RECORDS = [
         "lossgrad-nesterov",
         lambda p, lr=1.0, **o: LossGrad(p, lr, **{"direction": "nesterov", "initial_rate": 1e-2, **o}),
         {"up": (1.05, 1.2, 1.5)},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "l4",
+        lambda p, lr=1.0, **o: L4(
+            p,
+            lr,
+            **{
+                "direction": "sgd",
+                "smoothing": 0.0,
+                "first_lowest": 0.01,
+                "forget_steps": 1.0,
+                "weight_decay": 0.01,
+                **o,
+            },
+        ),
+        {"fraction": (0.15, 0.05, 0.3), "weight_decay": (0.01, 0.0, 0.1)},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "l4-momentum",
+        lambda p, lr=1.0, **o: L4(p, lr, **{"forget_steps": 20.0, **o}),
+        {"attainable": (0.9, 0.5, 1.0), "first_lowest": (0.75, 0.1, 1.0), "forget_steps": (20.0, 5.0, 1e3)},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "l4-adam",
+        lambda p, lr=1.0, **o: L4(p, lr, **{"direction": "adam", "lower_bound": -1.0, **o}),
+        {"smoothing": (0.9, 0.0, 0.5), "lower_bound": (0.0, -1.0, 0.05)},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "sps",
+        lambda p, lr=1.0, **o: SPS(p, lr, **{"bound": 0.3, "weight_decay": 0.01, **o}),
+        {"bound": (0.3, 0.03, 30.0), "c": (0.5, 1.0, 0.3)},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "sps-adam-smooth",
+        lambda p, lr=1.0, **o: SPS(p, lr, **{"direction": "adam", "bound": 0.01, "growth": 1.05, **o}),
+        {"growth": (1.05, 1.5, float("inf")), "bound": (0.01, 1e-3, 0.03)},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "pal",
+        lambda p, lr=1.0, **o: PAL(
+            p, lr, **{"probe_length": 0.1, "longest_step": 0.1, "weight_decay": 0.01, **o}
+        ),
+        {"probe_length": (0.1, 0.5, 0.01), "longest_step": (0.1, 1.0, 0.3), "momentum": (0.4, 0.0, 0.9)},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "pal-sgd",
+        lambda p, lr=1.0, **o: PAL(p, lr, **{"probe_length": 0.1, "stretch": 1.0, "momentum": 0.0, **o}),
+        {"stretch": (1.0, 1.3, 0.7), "weight_decay": (0.0, 0.01, 0.1)},
+        skips={
+            **ONE_RATE,
+            "small_steps_in_bf16": "on a straight line the curvature is what rounding makes it, and the probed weights are "
+            "rounded to 16 bits",
+        },
+    ),
+    Record(
+        "qlab",
+        lambda p, lr=1.0, **o: QLAB(
+            p, lr, **{"initial_rate": 0.05, "weight_decay": 0.01, "step_sizes": (1e-6, 0.2), **o}
+        ),
+        {"initial_rate": (0.05, 1e-4, 1.0), "weight_decay": (0.01, 0.0, 0.1)},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "qlab-adam",
+        lambda p, lr=1.0, **o: QLAB(
+            p, lr, **{"direction": "adam", "initial_rate": 1e-3, "step_sizes": (1e-5, 0.05), **o}
+        ),
+        {"growth": (2.0, 1.1, 5.0), "step_sizes": ((1e-5, 1e-4, 1e-6), (0.05, 0.01, 0.1))},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "hypergradient",
+        lambda p, lr=1.0, **o: HypergradientDescent(p, lr, **{"initial_rate": 0.02, "hyper_rate": 1e-4, **o}),
+        {"initial_rate": (0.02, 1e-3, 0.1), "hyper_rate": (1e-3, 1e-2, 0.0)},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "hypergradient-nesterov-multiplicative",
+        lambda p, lr=1.0, **o: HypergradientDescent(
+            p,
+            lr,
+            **{
+                "direction": "nesterov",
+                "form": "multiplicative",
+                "initial_rate": 0.01,
+                "weight_decay": 0.01,
+                **o,
+            },
+        ),
+        {"hyper_rate": (0.02, 0.3, 0.0)},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "hypergradient-adam",
+        lambda p, lr=1.0, **o: HypergradientDescent(
+            p, lr, **{"direction": "adam", "initial_rate": 0.01, "hyper_rate": 1e-5, **o}
+        ),
+        {"hyper_rate": (1e-5, 1e-4, 0.0), "step_sizes": ((1e-5, 0.02, 1e-6), (0.01005, 0.03, 0.1))},
         skips=ONE_RATE,
     ),
     cell("sgd", directions.SGD(weight_decay=0.01), rules.Constant(0.1), per_model={"rate": RATES}),

@@ -6,24 +6,48 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from surefoot.lab.errors import UserError
+from surefoot.lab.packages import RIVALS, Adapted, Rival
 from surefoot.lab.runs import Scalar, Value
-from surefoot.optim import AdamUpd, CoRe, DropoutRprop, HyperReg, LossGrad, SelfTuning, SGDUpd, SRprop, WNGrad
+from surefoot.lab.schedules import NONE, SCHEDULES
+from surefoot.optim import (
+    L4,
+    PAL,
+    QLAB,
+    SPS,
+    AdamUpd,
+    CoRe,
+    DropoutRprop,
+    HyperReg,
+    LossGrad,
+    SelfTuning,
+    SGDUpd,
+    SRprop,
+    WNGrad,
+)
 from surefoot.optim.directions import SGD, Adam, Direction, Momentum, Nesterov
-from surefoot.optim.rules import Constant, Rule, Window
+from surefoot.optim.named import lossgrad_factors
+from surefoot.optim.rules import Constant, Hypergradient, Rule, Window
 
 if TYPE_CHECKING:
     from surefoot.lab.plan import MethodRequest
 
 _SINGLE = torch.finfo(torch.float32)
-_RATE_NAMES = ("rate", "initial_rate")  # what the optimizers call the number that a comparison varies
+_RATE_NAMES = ("rate", "initial_rate", "fraction", "bound", "probe_length")
+"""What the optimizers call the number that a comparison varies: a learning rate, or what took its place (L4's share of the
+whole step, the Polyak step's bound, the distance of PAL's probe)."""
 _NOT_SETTINGS = frozenset({"params", "lr", "maximize", "track_rates", "models", *_RATE_NAMES})
+_SCHEDULE = "schedule"  # a setting of every optimizer
+
+Trainee = SelfTuning | Adapted
+"""What a run drives, and all that it needs is what both have: ``zero_grad()``, ``step(loss=..., evaluate=...)``,
+``rates()``, ``averaged()`` around an evaluation, and that a scheduler of torch's takes it."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +57,8 @@ class Entry:
     summary: str
     settings: Mapping[str, Value]
     make: Callable[[Iterable[Tensor], Mapping[str, Value], float], SelfTuning]
+    origin: Mapping[str, Value] = field(default_factory=dict)
+    """What else decides its numbers and is no setting: for another package's, that package's version."""
 
 
 def _cell(
@@ -70,10 +96,19 @@ def _named(optimizer: type[SelfTuning], **fixed: Value) -> Entry:
     return Entry(", ".join([summary, *(f"{name} {value}" for name, value in fixed.items())]), settings, make)
 
 
+def _lossgrad(direction: str) -> Entry:
+    """LossGrad with what it decides by the direction written out, and without its horizon, which ``schedule`` has."""
+    entry = _named(LossGrad, direction=direction)
+    down, threshold = lossgrad_factors(direction)
+    own = {"down": down, "threshold": threshold, "retract": True}
+    settings = {name: own.get(name, value) for name, value in entry.settings.items() if name != "horizon"}
+    return replace(entry, settings=settings)
+
+
 _DIVERGENCES = {"kl": "kl", "rkl": "rkl", "h": "hellinger", "x": "chi2", "n": "neyman"}
 """As the papers abbreviate them; x is chi."""
 
-CATALOGUE: Mapping[str, Entry] = {
+CATALOGUE: Mapping[str, Entry | Rival] = {
     "sgd": _cell(SGD, Constant),
     "momentum": _cell(Momentum, Constant),
     "nesterov": _cell(Nesterov, Constant),
@@ -97,17 +132,34 @@ CATALOGUE: Mapping[str, Entry] = {
         for algorithm in (1, 2, 3)
     },
     "wngrad": _named(WNGrad),
-    "lossgrad": _named(LossGrad, direction="sgd"),
+    "lossgrad": _lossgrad("sgd"),
     **{
-        f"lossgrad-{direction}": _named(LossGrad, direction=direction)
+        f"lossgrad-{direction}": _lossgrad(direction)
         for direction in ("momentum", "nesterov", "adam", "sign")
     },
+    "l4": _named(L4, direction="sgd"),
+    "l4-momentum": _named(L4, direction="momentum"),
+    "l4-adam": _named(L4, direction="adam"),
+    "sps": _named(SPS, direction="sgd"),
+    "sps-momentum": _named(SPS, direction="momentum"),
+    "sps-adam": _named(SPS, direction="adam"),
+    "pal": _named(PAL),
+    "qlab": _named(QLAB, direction="sgd"),
+    "qlab-momentum": _named(QLAB, direction="momentum"),
+    "qlab-adam": _named(QLAB, direction="adam"),
+    "hypergradient": _cell(SGD, Hypergradient),
+    "hypergradient-momentum": _cell(Momentum, Hypergradient),
+    "hypergradient-nesterov": _cell(Nesterov, Hypergradient),
+    "hypergradient-adam": _cell(Adam, Hypergradient, hyper_rate=1e-8),
+    **RIVALS,
 }
 """Every optimizer that a comparison can name."""
 
 
 def resolve(request: MethodRequest, rates: Sequence[float] = ()) -> dict[str, Value]:
-    """All settings of what was asked for, defaults included, each of its default's type.
+    """All that decides what was asked for: its settings, defaults included and each of its default's type, and its origin.
+
+    A run without a schedule is known as it was before there were any: only another ``schedule`` is among them.
 
     Every rate is tried too (``request.rate`` or ``rates``), on a parameter of no consequence, so that what an optimizer
     refuses is known before anything is trained; and so is what weights of single precision cannot take.
@@ -116,15 +168,21 @@ def resolve(request: MethodRequest, rates: Sequence[float] = ()) -> dict[str, Va
         UserError: no such optimizer or setting, or a value that it does not take.
     """
     entry = _entry(request.optimizer)
+    defaults = {**entry.settings, _SCHEDULE: NONE}
     for name in request.settings:
-        if name not in entry.settings:
+        if name not in defaults:
             raise UserError(
-                f"Optimizer {request.optimizer} has no setting {name!r}; {_nearest(name, entry.settings)}."
+                f"Optimizer {request.optimizer} has no setting {name!r}; {_nearest(name, defaults)}."
             )
     settings = {
         name: _coerced(request.settings.get(name, default), default, f"{request.optimizer}[{name}]")
-        for name, default in entry.settings.items()
+        for name, default in defaults.items()
     }
+    schedule = settings.pop(_SCHEDULE)
+    if schedule not in SCHEDULES:
+        raise UserError(
+            f"{request.optimizer}[{_SCHEDULE}] is one of {', '.join(SCHEDULES)}, not {_written(schedule)}."
+        )
     try:
         for rate in rates if request.rate is None else (request.rate,):
             entry.make([torch.zeros(2, 2, requires_grad=True)], settings, rate)
@@ -142,12 +200,24 @@ def resolve(request: MethodRequest, rates: Sequence[float] = ()) -> dict[str, Va
                     f"{request.optimizer}[{name}] takes numbers of single precision, up to {_SINGLE.max:.2g}, "
                     f"not {_written(number)}."
                 )
-    return settings
+    return {**settings, **entry.origin, **({} if schedule == NONE else {_SCHEDULE: schedule})}
 
 
-def build(params: Iterable[Tensor], optimizer: str, settings: Mapping[str, Value], rate: float) -> SelfTuning:
-    """The optimizer over ``params`` with :func:`resolve`'s settings (lists, as JSON gives them back, are tuples)."""
+def schedule_of(settings: Mapping[str, Value]) -> str:
+    """Which of the schedules :func:`resolve`'s settings ask for."""
+    return str(settings.get(_SCHEDULE, NONE))
+
+
+def build(params: Iterable[Tensor], optimizer: str, settings: Mapping[str, Value], rate: float) -> Trainee:
+    """The optimizer over ``params`` with :func:`resolve`'s settings (lists, as JSON gives them back, are tuples).
+
+    Raises:
+        UserError: they are of another version of the package that the optimizer comes from.
+    """
     entry = _entry(optimizer)
+    for name, found in entry.origin.items():
+        if settings.get(name) != found:
+            raise UserError(f"Optimizer {optimizer} is {found} here; the run is of {settings.get(name)}.")
     return entry.make(
         params,
         {
@@ -158,7 +228,7 @@ def build(params: Iterable[Tensor], optimizer: str, settings: Mapping[str, Value
     )
 
 
-def _entry(name: str) -> Entry:
+def _entry(name: str) -> Entry | Rival:
     if name not in CATALOGUE:
         raise UserError(f"There is no optimizer {name!r}; {_nearest(name, CATALOGUE)}.")
     return CATALOGUE[name]
@@ -184,12 +254,15 @@ def _coerced(value: Value, default: Value, setting: str) -> Value:
 def _scalar(value: Value, default: Scalar, setting: str) -> Scalar:
     if type(value) is type(default):
         return cast(Scalar, value)
+    if value is None and type(default) is str:
+        return "none"  # a word after all
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and type(default) is float:
         return float(cast(float, value))
-    if number and type(default) is int and float(cast(float, value)).is_integer():
+    if number and (default is None or type(default) is int) and float(cast(float, value)).is_integer():
         return int(cast(float, value))
-    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[type(default)]
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    kind = kinds.get(type(default), "none or a whole number")  # a horizon, for one
     raise UserError(f"{setting} takes {kind}, such as {_written(default)}, not {_written(value)}.")
 
 

@@ -6,8 +6,11 @@ schedulers move; ``maximize``; ``track_rates``; ``models`` for a stack.
 
 from __future__ import annotations
 
+import math
+
 from torch.optim.optimizer import ParamsT
 
+from surefoot.optim import averaging
 from surefoot.optim.core import SelfTuning
 from surefoot.optim.directions import (
     SGD,
@@ -21,7 +24,9 @@ from surefoot.optim.directions import (
     is_some,
 )
 from surefoot.optim.parts import Number, require
+from surefoot.optim.rules import parabola, polyak
 from surefoot.optim.rules.divergence import Divergence
+from surefoot.optim.rules.hypergradient import Hypergradient
 from surefoot.optim.rules.lossgrad import LossGrad as LossGradRule
 from surefoot.optim.rules.rprop import CoReRates, Rprop
 from surefoot.optim.rules.window import Window
@@ -388,6 +393,12 @@ class WNGrad(SelfTuning):
         )
 
 
+def lossgrad_factors(direction: str) -> tuple[float, float]:
+    """LossGrad's ``down`` and ``threshold`` for a direction: as published for the gradient itself, and shorter steps where
+    the direction remembers earlier batches (docs/results/lossgrad_defaults.md)."""
+    return (1.05, 0.5) if direction == "sgd" else (1.1, 0.4)
+
+
 class LossGrad(SelfTuning):
     r"""LOSSGRAD (Wojcik, Maziarka & Tabor 2018): one step size, judged by the loss. any direction x lossgrad.
 
@@ -405,16 +416,29 @@ class LossGrad(SelfTuning):
 
     The probe sees the same dropout masks and leaves BatchNorm's buffers, gradients and random streams as they are.
 
+    The published rule is ``LossGrad(params, ramp=1, retract=False)``. It fails from initial rates that are far off; with
+    ``ramp`` and ``retract`` those from 1e-8 to 1e8 end much alike.
+
     Args:
         params: parameters or groups; a group may have an lr of its own, and every other option is one for all.
         lr: multiplies the step. A schedule shortens the step that is taken, not the one that is probed.
         direction: "sgd" as published, "momentum", "nesterov", "adam" or "sign".
         initial_rate: h at the start.
-        up, down: the factors.
-        threshold: :math:`\tau` in (0, 1]; the step aims at :math:`2 \tau` times the best one along the line.
+        up, down: the factors. ``down=None``: 1.05 with "sgd", as published, 1.1 with the other directions.
+        threshold: :math:`\tau` in (0, 1]; the step aims at :math:`2 \tau` times the best one along the line. ``None``: 0.5
+            with "sgd", as published, 0.4 with the other directions.
+        ramp: the least factor until h has gone both up and down.
         probe_every: k, a probe at every k-th step, with the factors to the k-th power.
         step_sizes: smallest and largest h.
-        probe: "step" looks along the step itself, "raw" along the direction without its momentum.
+        probe: "step" looks along the step itself, "raw" along the direction without its momentum; "next" takes the next
+            step's loss, for training on the full batch: then no ``evaluate`` is needed.
+        lower_bound: of the loss, 0 for cross-entropy and squares: no step is longer than the parabola that just touches it
+            allows, 2 (f0 - lower_bound) / <g, u>.
+        retract: take back what was too much of a step after which the loss is higher, and until h has gone both up and
+            down all of a step that was too long; costs a copy of the weights. ``None``: where ``probe`` is "step".
+        horizon: that many steps, over which the step fades linearly to 0; the probe stays at h.
+        max_norm: clips the norm of all gradients first; h is judged by the real slope.
+        average: "none", "mean" (of all iterates) or "exponential": what :meth:`averaged` evaluates.
         weight_decay: coupled (L2); the penalty counts as part of the loss.
     """
 
@@ -426,11 +450,17 @@ class LossGrad(SelfTuning):
         direction: str = "sgd",
         initial_rate: Number = 1e-4,
         up: Number = 1.05,
-        down: Number = 1.05,
-        threshold: Number = 0.5,
+        down: Number | None = None,
+        threshold: Number | None = None,
+        ramp: Number = 10.0,
         probe_every: int = 1,
         step_sizes: tuple[float, float] = (1e-12, 1e6),
         probe: str = "step",
+        lower_bound: Number = -math.inf,
+        retract: bool | None = None,
+        horizon: int | None = None,
+        max_norm: Number = math.inf,
+        average: str = "none",
         weight_decay: Number = 0.0,
         maximize: bool = False,
         track_rates: bool = False,
@@ -439,7 +469,272 @@ class LossGrad(SelfTuning):
         super().__init__(
             params,
             by_name(direction, weight_decay=weight_decay, decoupled_weight_decay=False),
-            LossGradRule(initial_rate, up, down, threshold, probe_every, step_sizes, probe),
+            LossGradRule(
+                initial_rate,
+                up,
+                *(
+                    own if given is None else given
+                    for own, given in zip(lossgrad_factors(direction), (down, threshold), strict=True)
+                ),
+                ramp,
+                probe_every,
+                step_sizes,
+                probe,
+                lower_bound,
+                probe == "step" if retract is None else retract,
+                horizon,
+            ),
+            lr,
+            average=averaging.by_name(average),
+            max_norm=max_norm,
+            maximize=maximize,
+            track_rates=track_rates,
+            models=models,
+        )
+
+
+class L4(SelfTuning):
+    r"""L4 (Rolinek & Martius, arXiv 1802.05074): a share of the step to the least loss. any direction x l4.
+
+    With v the direction, m a bias-corrected mean of the gradients and :math:`L_{\min}` the least loss so far, slowly
+    forgotten,
+
+    .. math:: w \leftarrow w - \eta v, \qquad
+              \eta = \alpha \frac{L - \gamma L_{\min}}{\langle v, m \rangle + 10^{-12}}.
+
+    ``direction="momentum"`` is the published L4Mom, ``"adam"`` (with epsilon 1e-4, as published) L4Adam. Every step needs the
+    loss: ``optimizer.step(loss=loss)``, or a closure. The loss has to stay above ``lower_bound`` and to come near what it
+    can reach; :math:`\alpha` takes the place of a learning rate, and above 0.15 losses are known to explode.
+
+    Args:
+        params: parameters or groups; a group may have an lr of its own, and every other option is one for all.
+        lr: multiplies the step.
+        direction: "sgd", "momentum", "nesterov", "adam" or "sign".
+        fraction: :math:`\alpha`.
+        attainable: :math:`\gamma`, the share of :math:`L_{\min}` that is taken to be attainable.
+        first_lowest: :math:`\gamma_0`, the first :math:`L_{\min}` as a share of the first loss.
+        forget_steps: :math:`\tau`; :math:`L_{\min}` rises by :math:`1 / \tau` at every step.
+        smoothing: the coefficient of the mean m.
+        lower_bound: what losses are measured from; with ``maximize`` a bound of the negated loss.
+        weight_decay: coupled (L2); the penalty counts as part of the loss.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1.0,
+        *,
+        direction: str = "momentum",
+        fraction: Number = 0.15,
+        attainable: Number = 0.9,
+        first_lowest: Number = 0.75,
+        forget_steps: Number = 1000.0,
+        smoothing: Number = 0.9,
+        lower_bound: Number = 0.0,
+        weight_decay: Number = 0.0,
+        maximize: bool = False,
+        track_rates: bool = False,
+        models: int | None = None,
+    ) -> None:
+        published = {"eps": 1e-4} if direction == "adam" else {}
+        super().__init__(
+            params,
+            by_name(direction, weight_decay=weight_decay, decoupled_weight_decay=False, **published),
+            polyak.L4(fraction, attainable, first_lowest, forget_steps, smoothing, lower_bound=lower_bound),
+            lr,
+            maximize=maximize,
+            track_rates=track_rates,
+            models=models,
+        )
+
+
+class SPS(SelfTuning):
+    r"""SPS_max, the stochastic Polyak step (Loizou et al., arXiv 2002.10542). any direction x polyak.
+
+    .. math:: w \leftarrow w - \eta u, \qquad
+              \eta = \min\Big\{ \frac{f - f^*}{c\, \langle g, u \rangle},\; \mathrm{bound} \Big\},
+
+    with :math:`\langle g, g \rangle = \|g\|^2` for the published direction, the gradient. Every step needs the loss:
+    ``optimizer.step(loss=loss)``, or a closure. Where the loss cannot fall to :math:`f^*` on every batch at once (label
+    smoothing, weight decay, noise), the bound decides, and has to be chosen like a learning rate.
+
+    Args:
+        params: parameters or groups; a group may have an lr of its own, and every other option is one for all.
+        lr: multiplies the step.
+        direction: "sgd" as published, "momentum", "nesterov", "adam" or "sign".
+        bound: the largest step.
+        c: 1/2 jumps to the minimum of a parabola; a larger one is more careful.
+        growth: where finite, :math:`\eta` is at most this times the last one instead, the first at most that times
+            ``bound``. The authors' code has :math:`2^{1/n}`, n the steps of an epoch.
+        lower_bound: :math:`f^*`; with ``maximize`` a bound of the negated loss.
+        weight_decay: coupled (L2); the penalty counts as part of the loss.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1.0,
+        *,
+        direction: str = "sgd",
+        bound: Number = 1.0,
+        c: Number = 0.5,
+        growth: Number = math.inf,
+        lower_bound: Number = 0.0,
+        weight_decay: Number = 0.0,
+        maximize: bool = False,
+        track_rates: bool = False,
+        models: int | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            by_name(direction, weight_decay=weight_decay, decoupled_weight_decay=False),
+            polyak.Polyak(bound, c, growth, lower_bound=lower_bound),
+            lr,
+            maximize=maximize,
+            track_rates=track_rates,
+            models=models,
+        )
+
+
+class PAL(SelfTuning):
+    r"""PAL (Mutschler & Zell, arXiv 1903.11991): to the minimum of a parabola. momentum x pal.
+
+    With d the momentum buffer and e = d / |d|, the loss of the same batch is looked at once more at
+    :math:`w - \mu e`, and with :math:`b = -\langle g, e \rangle` and :math:`a = (L(\mu) - L_0 - b \mu) / \mu^2`
+
+    .. math:: w \leftarrow w - s e, \qquad
+              s = \min\Big\{ \frac{-b}{2a} \alpha,\; s_{\max} \Big\},
+
+    or :math:`s = \mu` where :math:`a \le 0`, and no step uphill, :math:`b \ge 0`. Called as :class:`LossGrad` is:
+    ``step(loss=loss, evaluate=...)``, or a closure. Any other direction: ``SelfTuning(params, direction, rules.PAL())``.
+
+    Args:
+        params: parameters or groups; a group may have an lr of its own, and every other option is one for all.
+        lr: multiplies the step, not the probe.
+        probe_length: :math:`\mu`, a length in the space of all weights; 0.1 to 1 is the authors' advice.
+        longest_step: :math:`s_{\max}`, likewise a length; 1 to 10.
+        stretch: :math:`\alpha`; 1.2 to 1.7.
+        momentum: 0 for none; the authors advise 0.4 or none.
+        weight_decay: coupled (L2); the penalty counts as part of the loss.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1.0,
+        *,
+        probe_length: Number = 1.0,
+        longest_step: Number = 3.16,
+        stretch: Number = 1 / 0.6,
+        momentum: Number = 0.4,
+        weight_decay: Number = 0.0,
+        maximize: bool = False,
+        track_rates: bool = False,
+        models: int | None = None,
+    ) -> None:
+        direction = (
+            Momentum(momentum, weight_decay=weight_decay)
+            if is_some(momentum)
+            else SGD(weight_decay=weight_decay)
+        )
+        super().__init__(
+            params,
+            direction,
+            parabola.PAL(probe_length, longest_step, stretch),
+            lr,
+            maximize=maximize,
+            track_rates=track_rates,
+            models=models,
+        )
+
+
+class QLAB(SelfTuning):
+    r"""QLAB (Fu & Wu, arXiv 2302.00252): to the minimum of a parabola. any direction x qlab.
+
+    The loss of the same batch is looked at once more at :math:`w - h u`, h being the last step's, and with
+    :math:`s = \langle g, u \rangle`
+
+    .. math:: w \leftarrow w - h^* u, \qquad h^* = \frac{s h^2}{2 (f_1 - f_0 + h s)},
+
+    which is LOSSGRAD's parabola, jumped to the minimum of before the step. Called as :class:`LossGrad` is:
+    ``step(loss=loss, evaluate=...)``, or a closure.
+
+    Args:
+        params: parameters or groups; a group may have an lr of its own, and every other option is one for all.
+        lr: multiplies the step, not the probe.
+        direction: "sgd", "momentum", "nesterov", "adam" or "sign".
+        initial_rate: the first probe's h.
+        growth: h grows by at most this factor, and by it where the loss does not bend upwards.
+        step_sizes: smallest and largest h.
+        weight_decay: coupled (L2); the penalty counts as part of the loss.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1.0,
+        *,
+        direction: str = "sgd",
+        initial_rate: Number = 1e-4,
+        growth: Number = 2.0,
+        step_sizes: Pair = (1e-12, 1e6),
+        weight_decay: Number = 0.0,
+        maximize: bool = False,
+        track_rates: bool = False,
+        models: int | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            by_name(direction, weight_decay=weight_decay, decoupled_weight_decay=False),
+            parabola.QLAB(initial_rate, growth, step_sizes),
+            lr,
+            maximize=maximize,
+            track_rates=track_rates,
+            models=models,
+        )
+
+
+class HypergradientDescent(SelfTuning):
+    r"""Hypergradient descent (Baydin et al., arXiv 1703.04782). any direction x hypergradient.
+
+    Gradient descent on the rate: before every step
+    :math:`r \leftarrow r + \beta \langle g_t, u_{t-1} \rangle`, with u the last direction that was gone along, or with
+    ``form="multiplicative"`` :math:`r \leftarrow r (1 + \beta \cos(g_t, u_{t-1}))`. The published SGD-HD, SGDN-HD and Adam-HD
+    are ``direction="sgd"``, ``"nesterov"`` and ``"adam"``. Needs no loss.
+
+    Args:
+        params: parameters or groups; a group may have an lr of its own, and every other option is one for all.
+        lr: multiplies the step.
+        direction: "sgd", "momentum", "nesterov", "adam" or "sign".
+        initial_rate: r at the start.
+        hyper_rate: :math:`\beta`. ``None``: the authors' 1e-6, or 1e-8 with "adam"; 0.02 for the multiplicative form. The
+            additive one depends on the scale of the loss and the number of weights, and does nothing where it is small.
+        form: "additive" as published, or "multiplicative".
+        step_sizes: smallest and largest r.
+        weight_decay: coupled (L2); part of the gradient.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1.0,
+        *,
+        direction: str = "sgd",
+        initial_rate: Number = 1e-3,
+        hyper_rate: Number | None = None,
+        form: str = "additive",
+        step_sizes: Pair = (1e-12, 1e6),
+        weight_decay: Number = 0.0,
+        maximize: bool = False,
+        track_rates: bool = False,
+        models: int | None = None,
+    ) -> None:
+        if hyper_rate is None:
+            hyper_rate = 0.02 if form == "multiplicative" else 1e-8 if direction == "adam" else 1e-6
+        super().__init__(
+            params,
+            by_name(direction, weight_decay=weight_decay, decoupled_weight_decay=False),
+            Hypergradient(initial_rate, hyper_rate, form, step_sizes),
             lr,
             maximize=maximize,
             track_rates=track_rates,

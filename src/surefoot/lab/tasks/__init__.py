@@ -34,6 +34,8 @@ TASKS: dict[str, Callable[..., Task]] = {
     "digits-mlp": images.digits_mlp,
     "mnist": images.mnist,
     "fashion-mnist": images.fashion_mnist,
+    "mnist-sigmoid": images.mnist_sigmoid,
+    "cifar10": images.cifar10,
     "regression": tabular.regression,
 }
 """By name; they follow the same protocol as a user's function (:class:`surefoot.lab.tasks.base.Task`)."""

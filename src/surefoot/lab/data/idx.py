@@ -1,27 +1,19 @@
-"""Where real data comes from: a folder of the user's, a package of the system, or a checksummed download.
-
-Wherever a file comes from, its *unpacked* bytes are compared with the published ones, so a file that was packed again
-is as good as the original and a damaged one never trains a model.
-"""
+"""MNIST and Fashion-MNIST: arrays of bytes behind a short header (IDX), packed with gzip or not."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import math
-import os
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from surefoot.lab.data.places import DataSet, Images, Places, Split, read_bytes
 from surefoot.lab.errors import UserError
-
-ENVIRONMENT = "SUREFOOT_DATA"
-"""The environment variable that names a data folder where ``--data`` does not."""
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _UNSIGNED_BYTES = 0x08  # the only entry type that these data sets use
@@ -38,21 +30,30 @@ class IdxFile:
     """Of the packed file (``name`` + ".gz") as its makers publish it: only what a download is checked against."""
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """Images with a label each, split by its makers."""
+@dataclass(frozen=True, kw_only=True)
+class IdxSet(DataSet):
+    """A data set of four files: images and labels of both splits."""
 
-    name: str
     url: str
     """Where ``IdxFile.name`` + ".gz" can be had, with the closing slash."""
     train: tuple[IdxFile, IdxFile]
     """Images and labels."""
     test: tuple[IdxFile, IdxFile]
-    packaged: Path | None = None
-    """The folder in which a package of an operating system installs it."""
+
+    def load(self, places: Places) -> Images:
+        def read(file: IdxFile) -> npt.NDArray[np.uint8]:
+            path = places.find((file.name, f"{file.name}.gz")) or places.download(
+                f"{self.url}{file.name}.gz", file.md5, missing=f"{file.name}[.gz]"
+            )
+            return read_idx(path, sha256=file.sha256)
+
+        def split(files: tuple[IdxFile, IdxFile]) -> Split:
+            return read(files[0]), read(files[1])
+
+        return Images(train=split(self.train), test=split(self.test))
 
 
-MNIST = DataSet(
+MNIST = IdxSet(
     name="mnist",
     url="https://ossci-datasets.s3.amazonaws.com/mnist/",
     train=(
@@ -81,7 +82,7 @@ MNIST = DataSet(
     ),
 )
 
-FASHION_MNIST = DataSet(
+FASHION_MNIST = IdxSet(
     name="fashion-mnist",
     url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
     train=(
@@ -112,45 +113,6 @@ FASHION_MNIST = DataSet(
 )
 
 
-@dataclass(frozen=True)
-class Images:
-    """Both splits: images uint8 ``[N, height, width]``, labels uint8 ``[N]``."""
-
-    train: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
-    test: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
-
-
-def load_images(
-    source: DataSet,
-    folder: Path | None = None,
-    *,
-    cache: Path | None = None,
-    environment: Mapping[str, str] = os.environ,
-) -> Images:
-    """A data set from ``folder``; without one from where ``SUREFOOT_DATA`` says, the system's package, or the network.
-
-    In a folder, ``<folder>/<data set>/<file>`` and ``<folder>/<file>`` are tried, each unpacked or with ".gz". Files
-    that had to be downloaded are kept in ``cache`` (default: the user's cache folder).
-
-    Raises:
-        UserError: a file is missing, damaged, not of this data set, or cannot be downloaded.
-    """
-    folders = _folders(source, folder, environment)
-
-    def read(file: IdxFile) -> npt.NDArray[np.uint8]:
-        path = next((found for place in folders if (found := _find(source, file, place)) is not None), None)
-        if path is None and folder is not None:
-            raise UserError(
-                f"--data {folder} holds no {file.name}[.gz] of {source.name}, neither itself nor in {source.name}/."
-            )
-        return read_idx(path or _download(source, file, cache), sha256=file.sha256)
-
-    def pair(files: tuple[IdxFile, IdxFile]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-        return read(files[0]), read(files[1])
-
-    return Images(train=pair(source.train), test=pair(source.test))
-
-
 def read_idx(path: Path, sha256: str | None = None) -> npt.NDArray[np.uint8]:
     """An IDX file of unsigned bytes, packed with gzip or not, as an array of the shape that its header gives.
 
@@ -175,52 +137,9 @@ def read_idx(path: Path, sha256: str | None = None) -> npt.NDArray[np.uint8]:
 
 
 def _unpacked(path: Path) -> bytes:
+    raw = read_bytes(path)
     try:
-        raw = path.read_bytes()
         # By content, not by name: browsers and proxies unpack files without renaming them.
         return gzip.decompress(raw) if raw.startswith(_GZIP_MAGIC) else raw
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise UserError(f"{path} is damaged or half-downloaded: it cannot be unpacked.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
-
-
-def _folders(source: DataSet, folder: Path | None, environment: Mapping[str, str]) -> list[Path]:
-    """Where to look before downloading. A folder that was asked for is the only one, so that it is never passed over."""
-    if folder is not None:
-        return [_existing(folder, "--data")]
-    named = environment.get(ENVIRONMENT)
-    places = [_existing(Path(named), ENVIRONMENT)] if named else []
-    return [*places, source.packaged] if source.packaged is not None else places
-
-
-def _existing(folder: Path, origin: str) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"{origin} names {folder}, which is not a folder.")
-    return folder
-
-
-def _find(source: DataSet, file: IdxFile, folder: Path) -> Path | None:
-    candidates = (
-        place / (file.name + suffix) for place in (folder / source.name, folder) for suffix in ("", ".gz")
-    )
-    return next((path for path in candidates if path.exists()), None)
-
-
-def _download(source: DataSet, file: IdxFile, cache: Path | None) -> Path:
-    """Fetches a file, or finds it whole from last time: pooch moves a download into place only when its hash agrees."""
-    import pooch
-
-    url = f"{source.url}{file.name}.gz"
-    place = (cache or Path(pooch.os_cache("surefoot"))) / source.name
-    try:
-        return Path(pooch.retrieve(url, known_hash=f"md5:{file.md5}", fname=f"{file.name}.gz", path=place))
-    except ValueError:
-        reason = "what came is not the published file"
-    except OSError as error:  # the network's errors are OSErrors too
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = f"the server answered {status}" if status else error.strerror or type(error).__name__
-    raise UserError(
-        f"{url} cannot be downloaded to {place} ({reason}); "
-        f"put the files of {source.name} into a folder and name it with --data."
-    )

@@ -1,0 +1,189 @@
+"""The benchmarks whose pages make claims: runs are kept, the published rule is the published one, words follow numbers."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from surefoot.lab.tasks.images import sigmoid_network
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import hyperreg_rates as hyperreg
+import insensitivity
+from _shared import Ledger, batches, run_missing
+
+JOB = {"task": "digits", "rate": 0.1}
+
+
+class TestLedger:
+    def test_what_was_kept_is_there_again_and_nothing_else(self, tmp_path):
+        Ledger(tmp_path / "new" / "runs").add(JOB, {"loss": math.inf})
+        ledger = Ledger(tmp_path / "new" / "runs")
+        assert ledger.get(dict(reversed(JOB.items()))) == {"loss": math.inf}
+        assert ledger.get({**JOB, "rate": 0.2}) is None
+
+    def test_a_line_that_was_being_written_is_dropped(self, tmp_path):
+        path = tmp_path / "runs"
+        ledger = Ledger(path)
+        ledger.add(JOB, {"loss": 1.0})
+        whole = path.read_bytes()
+        ledger.add({**JOB, "rate": 0.2}, {"loss": 2.0})
+        path.write_bytes(path.read_bytes()[:-9])
+        assert Ledger(path).get({**JOB, "rate": 0.2}) is None
+        assert path.read_bytes() == whole
+
+    def test_only_what_is_missing_is_run(self, tmp_path):
+        ledger = Ledger(tmp_path / "runs")
+        ledger.add(JOB, {"loss": 1.0})
+        run_missing([JOB], lambda **_: pytest.fail("it is there"), ledger, workers=1)
+
+
+def test_batches_go_through_every_epoch_in_another_order():
+    numbers = torch.arange(10)
+    found = [inputs.tolist() for inputs, _ in batches((numbers, numbers), 4, seed=0, number=6)]
+    assert [len(batch) for batch in found] == [4, 4, 2, 4, 4, 2]
+    first, second = ([number for batch in epoch for number in batch] for epoch in (found[:3], found[3:]))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert found != [inputs.tolist() for inputs, _ in batches((numbers, numbers), 4, seed=1, number=6)]
+
+
+class TestPublished:
+    """Against the parabola f = a x^2 / 2: the step size goes up exactly below 1 / a, and the weight moves by h a x."""
+
+    @pytest.mark.parametrize(("h", "rises"), [(0.49, True), (0.51, False), (1.5, False)])
+    def test_one_step(self, h, rises):
+        model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+        nn.init.constant_(model.weight, 3.0)
+        rule = insensitivity.Published(model, h)
+        assert rule.step(lambda: model.weight.square().sum()) == 9.0  # a = 2
+        assert rule.step_size() == pytest.approx(h * 1.05 if rises else h / 1.05)
+        assert model.weight.item() == pytest.approx(3 - h * 6)
+
+    def test_a_loss_that_is_no_number_raises_the_step_size(self):
+        model = nn.Linear(1, 1)
+        rule = insensitivity.Published(model, 0.1)
+        rule.step(lambda: model.weight.sum() * math.nan)
+        assert rule.step_size() == pytest.approx(0.105)
+
+    def test_a_change_too_small_to_show_lowers_it(self):
+        model = nn.Linear(1, 1, bias=False)
+        rule = insensitivity.Published(model, 1e-12)
+        rule.step(lambda: 1 + model.weight.square().sum())
+        assert rule.step_size() == pytest.approx(1e-12 / 1.05)
+
+    def test_and_surefoots_own_decide_alike_where_nothing_is_extreme(self):
+        runs = [
+            insensitivity.run("digits", rule, 1e-2, seed=0, count=40, data=None)
+            for rule in insensitivity.RULES
+        ]
+        assert runs[0]["step_size"] == pytest.approx(runs[1]["step_size"], rel=1e-3)
+        assert runs[0]["loss"] == pytest.approx(runs[1]["loss"], rel=1e-4)
+        assert runs[0]["validation_loss"] == pytest.approx(runs[1]["validation_loss"], rel=1e-3)
+
+
+def made_run(first, last, sizes, lost=False):
+    losses = [first] * 400 + [last] * 400
+    return {
+        "lost": lost,
+        "step_size": sizes,
+        "loss": losses,
+        "validation_loss": last,
+        "validation_accuracy": 0.5,
+    }
+
+
+LEARNT = made_run(2.3, 1.0, [0.1] * 800)
+COLLAPSED = made_run(2.3, 2.3, [1e-7] * 400 + [1e-12] * 400)
+STUCK = made_run(2.3, 2.31, [5.0] * 800)
+LOST = made_run(2.3, math.nan, [1.0] * 3, lost=True)
+
+
+class TestInsensitivityPage:
+    @pytest.mark.parametrize(
+        ("runs", "outcome"),
+        [
+            ((LEARNT, LEARNT), "learnt"),
+            ((LEARNT, STUCK), "stuck"),
+            ((COLLAPSED, COLLAPSED), "collapsed"),
+            ((LEARNT, LOST), "not finite"),
+        ],
+    )
+    def test_outcomes(self, runs, outcome):
+        assert insensitivity.Point(1e-7, runs).outcome == outcome
+
+    def test_says_what_the_numbers_say(self):
+        rates = insensitivity.RATES
+        published = [COLLAPSED, COLLAPSED, *[LEARNT] * 6, STUCK, LOST]
+        lines = {"published": published, "surefoot": [LEARNT] * 10}
+        results = {
+            ("cifar10", rule): [
+                insensitivity.Point(r, (run, run)) for r, run in zip(rates, runs, strict=True)
+            ]
+            for rule, runs in lines.items()
+        }
+        text = insensitivity.page(results, ["cifar10"], seeds=2, count=800, stem="x")
+        assert "**published rule** learnt from 6 of 10 initial rates (1e-6 to 0.1)" in text
+        assert "a tenth of its start): 1e-8 and 1e-7." in text
+        assert "at least one seed): 10." in text
+        assert "**surefoot.LossGrad** learnt from 10 of 10 initial rates (1e-8 to 10)" in text
+        assert "Of the 6 initial rates in both, 6 end alike (learnt, or not)." in text
+        assert "1.14 to 1.72 times" in text  # 0.1 / 0.088 and 0.1 / 0.058
+        assert "| 10 | – | not finite | not finite | not finite | 0.1 | 1.000 ± 0 |" in text
+        figures = (
+            insensitivity.steps_figure(results, ["cifar10"]),
+            insensitivity.loss_figure(results, ["cifar10"]),
+        )
+        for figure in figures:
+            json.loads(figure.to_json())
+
+
+class TestHyperregPage:
+    def test_says_what_the_numbers_say(self):
+        def record(name, initial):
+            final = 2.0 / (1 + initial) if initial <= 1 else 100 * initial
+            if initial == 1e4 and name.startswith("RKL3"):
+                final = math.inf
+            if name == hyperreg.DEFAULT:
+                final = 0.5
+            final *= 1.02 if (name, initial) == ("H2", 1.0) else 1
+            return {"first": 2.4, "final": final, "largest": max(2.4, final), "validation_loss": final}
+
+        results = {
+            name: {r: hyperreg.Point(r, (record(name, r),)) for r in hyperreg.RATES}
+            for name in hyperreg.METHODS
+        }
+        assert len(results) == 14
+        text = hyperreg.page(results, 10_000, 40, 1, "x")
+        assert "0 at 1e-4" in text
+        assert "0.02 at 1 (H2). Within 1 %: 1e-4, 1e-3, 0.01, 0.1" in text
+        assert "GD 1 at 1; the 12 rules 1 to 1.02 at 1" in text
+        assert "ends GD at 10, 100, 1e3 and 1e4" in text
+        assert "final loss 0.5 from rates of 1 and more" in text
+        assert "above its first loss nowhere" in text
+        assert text.count("not finite |") == 2
+        json.loads(hyperreg.figure(results).to_json())
+
+    def test_a_run_trains_and_one_that_explodes_is_told(self, monkeypatch):
+        draw = torch.Generator().manual_seed(0)
+        images, labels = torch.rand(60, 784, generator=draw), torch.randint(10, (60,), generator=draw)
+        task = hyperreg.task_of("digits", None)
+        made = replace(
+            task,
+            model=sigmoid_network,
+            train=(images, labels),
+            validation=(images, labels),
+            loss=nn.functional.nll_loss,
+        )
+        monkeypatch.setattr(hyperreg, "task_of", lambda *_: made)
+        fine = hyperreg.run("RKL1", 0.1, seed=0, patterns=60, epochs=20, data=None)
+        assert fine["final"] < fine["first"]
+        assert fine["largest"] >= fine["first"]
+        lost = hyperreg.run(hyperreg.GD, 1e38, seed=0, patterns=60, epochs=20, data=None)
+        assert (lost["final"], lost["largest"]) == (math.inf, math.inf)
