@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import pytest
 
 from surefoot import __version__, cli
 from surefoot.lab import compare as module
+from surefoot.lab import sweep as searches
 from surefoot.lab.runs import RunResult
 from surefoot.lab.store import Store
 
-HEAVY = {"torch", "numpy", "scipy", "plotly", "sqlalchemy", "sklearn", "pandas", "jinja2"}
+HEAVY = {"torch", "numpy", "scipy", "plotly", "sqlalchemy", "sklearn", "pandas", "jinja2", "optuna", "ray"}
 TINY = [
     "compare",
     "digits-mlp",
@@ -51,7 +53,10 @@ def refusal(capsys):
 
 
 class TestAnswers:
-    @pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["--version"], []])
+    @pytest.mark.parametrize(
+        "arguments",
+        [["--help"], ["compare", "--help"], ["sweep", "--help"], ["merge", "--help"], ["--version"], []],
+    )
     def test_nothing_heavy_is_imported_for_an_answer(self, arguments):
         code = (
             "import json, sys\n"
@@ -103,6 +108,17 @@ class TestRefusals:
             (["compare", "digits", "--optimizers", "adam["], "--optimizers"),
             (["compare", "digits", "--device", "tpu"], "--device"),
             (["compare", "digits", "--store", "nosuch://x"], "nosuch://x"),
+            (["sweep"], "'task'"),
+            (["sweep", "digits"], "--optimizer"),
+            (["sweep", "digits", "--optimizer", "adam", "--sampler", "cma"], "--sampler"),
+            (["sweep", "digits", "--optimizer", "adam", "--trials", "0"], "--trials"),
+            (["sweep", "digits", "--optimizer", "adam,sgd"], "--optimizer"),
+            (["sweep", "digits", "--optimizer", "adam", "--range", "rate"], "--range"),
+            (["sweep", "digits", "--optimizer", "adam", "--space", "nowhere.toml"], "--space"),
+            (["sweep", "digits", "--optimizer", "adam", "--seeds", "1", "--halving", "3"], "--halving"),
+            (["merge"], "store"),
+            (["merge", "a.sqlite"], "--into"),
+            (["merge", "a.sqlite", "--into", "b.sqlite"], "no store a.sqlite"),
         ],
     )
     def test_a_bad_command_line_is_one_sentence_and_exit_code_2(
@@ -152,6 +168,45 @@ class TestPassingOn:
             "s.sqlite", "--workers", "2",
         )  # fmt: skip
         again, _ = asked(*shlex.split(first.command())[1:])
+        assert again == first
+
+    @pytest.fixture
+    def swept(self, monkeypatch, tmp_path):
+        """The same for searches."""
+        monkeypatch.chdir(tmp_path)
+        seen = []
+        monkeypatch.setattr(
+            searches, "sweep", lambda asked, *consoles, dry_run: seen.append((asked, dry_run))
+        )
+
+        def ask(*arguments):
+            assert call(monkeypatch, *arguments) == 0
+            return seen.pop()
+
+        return ask
+
+    def test_the_defaults_of_a_search(self, swept):
+        asked, dry_run = swept("sweep", "digits", "--optimizer", "adam")
+        assert (asked.optimizer, asked.sampler, asked.trials, asked.seeds) == ("adam", "tpe", None, 5)
+        assert (asked.rates, asked.ranges, asked.space, asked.halving, asked.at_once) == (
+            None,
+            (),
+            None,
+            None,
+            None,
+        )
+        assert asked.store_url == "surefoot-out/runs.sqlite"
+        assert not dry_run
+        assert swept("sweep", "digits", "--optimizer", "adam", "--dry-run")[1]
+
+    def test_the_command_of_a_search_asks_for_the_same_again(self, swept, tmp_path):
+        first, _ = swept(
+            "sweep", "my task.py:task", "--optimizer", "adam[eps=1e-8]", "--sampler", "grid", "--trials", "9", "--seeds",
+            "3", "--range", "window=50|600", "--range", "betas.0=0.5:0.9:linear:3", "--rates", "1e-3:1", "--space",
+            "my space.toml", "--halving", "3", "--at-once", "4", "--epochs", "2", "--batch", "7", "--data", str(tmp_path),
+            "--out", "o", "--device", "cuda:1", "--store", "s.sqlite", "--workers", "2",
+        )  # fmt: skip
+        again, _ = swept(*shlex.split(first.command())[1:])
         assert again == first
 
     def test_the_exit_code_of_an_interruption_is_passed_on(self, monkeypatch, tmp_path):
@@ -274,14 +329,21 @@ def task():
 """
 
 LONGER = [*TINY[:-1], "10"]
+SEARCH = ["sweep", "digits-mlp", "--optimizer", "momentum", "--trials", "4", "--seeds", "2", "--epochs", "10"]
 
 
 @pytest.mark.slow
 class TestStopped:
     """Stopped while it trains: what is finished is kept, nothing of the rest is, and the same command goes on."""
 
+    command = LONGER
+
+    def there(self, out, finished):
+        """Whether it said, before it went on, how much was there."""
+        return f"{RUNS} runs, {finished} of them" in out
+
     def stop(self, folder, number, group):
-        process = surefoot(*LONGER, cwd=folder, start_new_session=True)
+        process = surefoot(*self.command, cwd=folder, start_new_session=True)
         deadline = time.monotonic() + 120
         while not 2 <= len(stored(folder)) < RUNS:
             assert process.poll() is None, process.communicate()
@@ -298,9 +360,9 @@ class TestStopped:
 
     def goes_on(self, folder, finished):
         assert 2 <= len(finished) < RUNS
-        code, out, _ = finish(surefoot(*LONGER, cwd=folder))
+        code, out, _ = finish(surefoot(*self.command, cwd=folder))
         assert code == 0
-        assert f"{RUNS} runs, {len(finished)} of them" in out
+        assert self.there(out, len(finished))
         after = stored(folder)
         assert len(after) == RUNS
         assert {key: after[key] for key in finished} == finished
@@ -313,7 +375,7 @@ class TestStopped:
         assert code == expected
         assert "Traceback" not in out + err
         assert "Interrupted" in err
-        assert shlex.split(err.splitlines()[-1])[:3] == ["surefoot", "compare", "digits-mlp"]
+        assert shlex.split(err.splitlines()[-1])[:3] == ["surefoot", *self.command[:2]]
         self.no_worker_is_left(session)
         self.goes_on(tmp_path, stored(tmp_path))
 
@@ -324,3 +386,33 @@ class TestStopped:
         path = tmp_path / "surefoot-out" / "runs.sqlite"
         assert sqlite3.connect(path).execute("pragma integrity_check").fetchone() == ("ok",)
         self.goes_on(tmp_path, stored(tmp_path))
+
+
+@pytest.mark.slow
+class TestSearchStopped(TestStopped):
+    """The same for a search."""
+
+    command = SEARCH
+
+    def there(self, out, finished):
+        return f"({finished} runs) in surefoot-out/runs.sqlite already" in out
+
+
+@pytest.mark.slow
+def test_a_search_loads_torch_in_its_workers_only(tmp_path):
+    code = (
+        "import sys\n"
+        "from surefoot import cli\n"
+        "sys.argv = ['surefoot', *'sweep digits-mlp --optimizer sgd --sampler gp --trials 12 --seeds 1'.split(),\n"
+        "            *'--epochs 1 --workers 1'.split()]\n"
+        "try:\n"
+        "    cli.main()\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    program = tmp_path / "program.py"
+    program.write_text(f"if __name__ == '__main__':\n{textwrap.indent(code, '    ')}")
+    subprocess.run([sys.executable, program], cwd=tmp_path, check=True, timeout=300)
+    assert len(stored(tmp_path)) == 12
+    assert (tmp_path / "surefoot-out" / "report.html").exists()

@@ -1,9 +1,10 @@
-"""Made-up studies for the tests of the statistics and the report; no proxy for those of downloads."""
+"""Made-up studies for the tests of the statistics and the report, pretended workers for those of the jobs; no proxy."""
 
 import math
 
 import pytest
 
+from surefoot.lab import session
 from surefoot.lab.runs import Method, RunResult, RunSpec, Study, TaskInfo
 
 TRAIN_PATTERNS = 1000
@@ -96,3 +97,72 @@ def make_study():
 @pytest.fixture(autouse=True)
 def _no_proxy(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+class Script:
+    """What the pretended workers do, and what they were asked."""
+
+    def __init__(self):
+        self.version = "v1"
+        self.before = {}
+        """By the number of a run (from 0): called once, before its result is given."""
+        self.loss = lambda spec: 0.5 + spec.rate
+        """Final validation loss of a run; infinity: it diverges."""
+        self.prepared = []
+        self.estimated = []
+        self.ran = []
+        self.closed = 0
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    script = Script()
+
+    class Pretended:
+        def __init__(self, task_ref, data, device="cpu", workers=None):
+            self.task_ref, self.workers = task_ref, workers or 2
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            script.closed += 1
+
+        def prepare(self, requests, rates):
+            script.prepared.append((list(requests), rates))
+            task = TaskInfo(self.task_ref, script.version, 100, 20, 1000, "accuracy", 10, 4)
+            methods = [
+                Method(
+                    r.label,
+                    r.optimizer,
+                    {"eps": 1e-8, "betas": (0.9, 0.999), "window": 50, "undo": "exact", **r.settings},
+                    r.batch_size or 10,
+                    (r.rate,) if r.rate else rates,
+                )
+                for r in requests
+            ]
+            return task, methods
+
+        def call(self, name, function, *arguments):
+            return function(None, *arguments)
+
+        def estimate(self, specs):
+            script.estimated.append(list(specs))
+            return [10.0 if spec.optimizer == "adam" else 5.0 for spec in specs]
+
+        def run(self, specs):
+            for spec in specs:
+                script.before.pop(len(script.ran), lambda: None)()
+                script.ran.append(spec)
+                loss = script.loss(spec)
+                status = "diverged" if math.isinf(loss) else "finished"
+                curve = [1.0 + spec.seed, loss][: 1 if math.isinf(loss) else 2]
+                points = len(curve)
+                yield RunResult(
+                    spec, status, [50, 100][:points], curve, curve, [0.1, 0.2][:points],
+                    *[[0.1, 0.1][:points]] * 4, 10, 1.0, 0.1, {},
+                )  # fmt: skip
+
+    monkeypatch.setattr(session, "LocalProcesses", Pretended)
+    monkeypatch.chdir(tmp_path)
+    return script

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from surefoot.lab import compare as module
+from surefoot.lab import session
 from surefoot.lab.compare import Comparison, compare
 from surefoot.lab.errors import UserError
-from surefoot.lab.runs import Method, RunResult, TaskInfo
 from surefoot.lab.store import Store
 
 ASKED = Comparison(
@@ -29,66 +29,6 @@ ASKED = Comparison(
     workers=None,
 )
 RUNS = 6  # sgd at two rates and adam at one, two seeds
-
-
-class Script:
-    """What the pretended workers do, and what they were asked."""
-
-    def __init__(self):
-        self.version = "v1"
-        self.before = {}
-        """By the number of a run (from 0): called once, before its result is given."""
-        self.prepared = []
-        self.estimated = []
-        self.ran = []
-        self.closed = 0
-
-
-@pytest.fixture
-def script(monkeypatch, tmp_path):
-    script = Script()
-
-    class Pretended:
-        def __init__(self, task_ref, data, device="cpu", workers=None):
-            self.task_ref, self.workers = task_ref, workers or 2
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception):
-            script.closed += 1
-
-        def prepare(self, requests, rates):
-            script.prepared.append((list(requests), rates))
-            task = TaskInfo(self.task_ref, script.version, 100, 20, 1000, "accuracy", 10, 4)
-            methods = [
-                Method(
-                    r.label,
-                    r.optimizer,
-                    {**r.settings, "eps": 1e-8},
-                    r.batch_size or 10,
-                    (r.rate,) if r.rate else rates,
-                )
-                for r in requests
-            ]
-            return task, methods
-
-        def estimate(self, specs):
-            script.estimated.append(list(specs))
-            return [10.0 if spec.optimizer == "adam" else 5.0 for spec in specs]
-
-        def run(self, specs):
-            for spec in specs:
-                script.before.pop(len(script.ran), lambda: None)()
-                script.ran.append(spec)
-                curve = [1.0 + spec.seed, 0.5 + spec.rate]
-                yield RunResult(
-                    spec, "finished", [50, 100], curve, curve, [0.1, 0.2], *[[0.1, 0.1]] * 4, 10, 1.0, 0.1, {}
-                )  # fmt: skip
-
-    monkeypatch.setattr(module, "LocalProcesses", Pretended)
-    monkeypatch.chdir(tmp_path)
-    return script
 
 
 def run(asked=ASKED, **options):
@@ -161,7 +101,7 @@ class TestRunning:
     def test_the_report_does_not_show_the_stores_password(self, script, monkeypatch):
         opened = Store("runs.sqlite")
         opened.name = "postgresql://me:***@host/runs"
-        monkeypatch.setattr(module, "Store", lambda url: opened)
+        monkeypatch.setattr(session, "Store", lambda url: opened)
         run(replace(ASKED, store="postgresql://me:hunter2@host/runs"))
         assert "hunter2" not in Path("surefoot-out/report.html").read_text()
 
@@ -273,14 +213,14 @@ class TestRefusals:
     )
     def test_options_out_of_range(self, tmp_path, monkeypatch, change, names):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(module, "usable_cores", lambda: 3)
+        monkeypatch.setattr(session, "usable_cores", lambda: 3)
         Path("file").touch()
         with pytest.raises(UserError) as caught:
             replace(ASKED, **change)
         assert names in str(caught.value)
 
     def test_many_workers_to_a_core_but_not_too_many(self, monkeypatch):
-        monkeypatch.setattr(module, "usable_cores", lambda: 3)
+        monkeypatch.setattr(session, "usable_cores", lambda: 3)
         assert replace(ASKED, workers=12).workers == 12
 
     def test_a_folder_in_the_reports_place_is_told_before_anything_is_trained(self, tmp_path):

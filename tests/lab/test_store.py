@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sqlalchemy import event
 
 from surefoot.lab.errors import UserError
-from surefoot.lab.runs import RunResult, RunSpec
+from surefoot.lab.runs import RunResult, RunSpec, SearchSpec, Trial
 from surefoot.lab.store import SCHEMA, Store
 
 SPEC = RunSpec(
@@ -238,6 +238,189 @@ class TestProcesses:
 
     def test_two_processes_save_the_same_runs(self, path):
         assert self.write_together(path, range(30), range(30)) == list(range(30))
+
+
+SEARCH = SearchSpec(
+    task="digits",
+    task_version="abc",
+    optimizer="srprop",
+    settings={"window": 50, "step_sizes": (1e-6, math.inf)},
+    space={"rate": {"low": 1e-5, "high": 0.1, "log": True}},
+    sampler="tpe",
+    epochs=2,
+    seeds=5,
+    halving=3,
+)
+SETTINGS = [{"rate": 10.0**-i, "betas": (0.9, 0.1 + 0.2), "undo": None} for i in range(4)]
+
+
+def _begin(path, settings, start):
+    start.wait()
+    with Store(path, timeout=60) as store:
+        for setting in settings:
+            store.begin_trials(SEARCH, [setting], 1, most=30)
+
+
+class TestTrials:
+    def test_they_come_back_as_they_were_begun(self, path):
+        with Store(path) as store:
+            assert store.trials(SEARCH) == []
+            store.begin_trials(SEARCH, SETTINGS[:2], 1, most=10)
+            store.begin_trials(SEARCH, SETTINGS[2:], 2, most=10)
+        with Store(path) as store:
+            expected = [Trial(i, setting, 1 if i < 2 else 2) for i, setting in enumerate(SETTINGS)]
+            assert store.trials(SEARCH) == expected
+            assert [trial.digest for trial in store.trials(SEARCH)] == [trial.digest for trial in expected]
+
+    def test_no_setting_twice_and_no_more_than_wanted(self, path):
+        with Store(path) as store:
+            store.begin_trials(SEARCH, [SETTINGS[0], SETTINGS[0], SETTINGS[1]], 1, most=10)
+            store.begin_trials(SEARCH, SETTINGS, 1, most=3)
+            assert [trial.setting for trial in store.trials(SEARCH)] == SETTINGS[:3]
+
+    def test_searches_have_nothing_to_do_with_each_other(self, path):
+        other = replace(SEARCH, seeds=6)
+        with Store(path) as store:
+            store.begin_trials(SEARCH, SETTINGS[:1], 1, most=10)
+            store.begin_trials(other, SETTINGS, 1, most=10)
+            assert len(store.trials(SEARCH)) == 1
+            assert len(store.trials(other)) == 4
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"task_version": "abd"},
+            {"optimizer": "adam"},
+            {"settings": {"window": 51}},
+            {"space": {"rate": {"low": 1e-5, "high": 0.2, "log": True}}},
+            {"sampler": "gp"},
+            {"epochs": 3},
+            {"seeds": 4},
+            {"halving": None},
+        ],
+    )
+    def test_a_search_is_known_by_all_that_decides_it(self, change):
+        assert replace(SEARCH, **change).key != SEARCH.key
+
+    def test_what_is_decided_first_holds(self, path):
+        with Store(path) as store:
+            store.begin_trials(SEARCH, SETTINGS, 1, most=10)
+            first, second, third, _ = store.trials(SEARCH)
+            store.grant(SEARCH, first, 2)
+            store.prune(SEARCH, first)  # too late: it goes on
+            store.prune(SEARCH, second)
+            store.grant(SEARCH, second, 2)  # too late: it is given up
+            store.grant(SEARCH, third, 2)
+            store.grant(SEARCH, store.trials(SEARCH)[2], 5)
+            assert [(trial.seeds, trial.pruned) for trial in store.trials(SEARCH)] == [
+                (2, False),
+                (1, True),
+                (5, False),
+                (1, False),
+            ]
+
+    def test_processes_number_them_without_a_gap_or_a_double(self, path):
+        with Store(path) as store:
+            store.create()
+        context = multiprocessing.get_context("spawn")
+        start = context.Barrier(2)
+        shares = [[{"rate": float(i)} for i in range(first, first + 20)] for first in (0, 10)]
+        beginners = [context.Process(target=_begin, args=(path, share, start)) for share in shares]
+        for beginner in beginners:
+            beginner.start()
+        for beginner in beginners:
+            beginner.join()
+        with Store(path) as store:
+            trials = store.trials(SEARCH)
+        assert [trial.number for trial in trials] == list(range(30))
+        assert {trial.setting["rate"] for trial in trials} == set(range(30))
+
+
+class TestOlder:
+    @pytest.fixture
+    def old(self, path):
+        """A store from before there were searches."""
+        with Store(path) as store:
+            store.save(run(0))
+        with sqlite3.connect(path) as connection:
+            for table in ("surefoot_searches", "surefoot_trials", "surefoot_leases"):
+                connection.execute(f"drop table {table}")
+        return path
+
+    def test_it_is_read_without_a_change(self, old):
+        before = old.read_bytes()
+        with Store(old) as store:
+            assert store.all() == [run(0)]
+            assert store.trials(SEARCH) == []
+        assert old.read_bytes() == before
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda store: store.create(),
+            lambda store: store.save(run(1)),
+            lambda store: store.begin_trials(SEARCH, SETTINGS, 1, 10),
+            lambda store: store.take(["key"], "me", 1.0),
+        ],
+    )
+    def test_writing_adds_what_it_lacks(self, old, write):
+        with Store(old) as store:
+            write(store)
+            store.begin_trials(SEARCH, SETTINGS, 1, most=10)
+            assert run(0) in store.all()
+            assert len(store.trials(SEARCH)) == 4
+
+
+class TestAdding:
+    @pytest.fixture
+    def other(self, tmp_path):
+        with Store(tmp_path / "other.sqlite") as other:
+            yield other
+
+    def test_runs_come_over_as_they_are_and_each_once(self, path, other):
+        with Store(path) as store:
+            for seed in range(3):
+                store.save(run(seed))
+            for seed in range(2, 1203, 300):
+                other.save(run(seed, seconds=9.0))
+            store.add(other)
+            store.add(other)
+            assert [(r.spec.seed, r.seconds) for r in store.all()] == [
+                (0, 1.25), (1, 1.25), (2, 1.25), (302, 9.0), (602, 9.0), (902, 9.0), (1202, 9.0),
+            ]  # fmt: skip
+            times = "select key, saved from surefoot_runs where seed > 2 order by key"
+            here, there = (sqlite3.connect(s._file).execute(times).fetchall() for s in (store, other))
+            assert here == there
+            assert len(other.all()) == 5
+
+    def test_trials_of_one_search_are_put_together(self, path, other):
+        with Store(path) as store:
+            store.begin_trials(SEARCH, SETTINGS[:3], 1, most=10)
+            other.begin_trials(SEARCH, SETTINGS[1:], 1, most=10)
+            store.prune(SEARCH, store.trials(SEARCH)[1])
+            other.grant(SEARCH, other.trials(SEARCH)[0], 5)  # the same setting: there it went on
+            store.grant(SEARCH, store.trials(SEARCH)[2], 2)
+            other.prune(SEARCH, other.trials(SEARCH)[2])
+            store.add(other)
+            store.add(other)
+            assert store.trials(SEARCH) == [
+                Trial(0, SETTINGS[0], 1),
+                Trial(1, SETTINGS[1], 5),
+                Trial(2, SETTINGS[2], 2),
+                Trial(3, SETTINGS[3], 1, pruned=True),
+            ]
+
+    def test_a_search_that_is_new_comes_over_whole(self, path, other):
+        other.begin_trials(SEARCH, SETTINGS, 1, most=10)
+        with Store(path) as store:
+            store.add(other)
+            assert store.trials(SEARCH) == other.trials(SEARCH)
+
+    def test_leases_stay_where_they_are(self, path, other):
+        other.take([SPEC.key], "someone", 60.0)
+        with Store(path) as store:
+            store.add(other)
+            assert store.take([SPEC.key], "me", 60.0) == {SPEC.key}
 
 
 class TestRefusals:

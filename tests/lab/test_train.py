@@ -568,8 +568,10 @@ class TestEnvironment:
         assert isinstance(environment, Mapping)
         assert set(environment) == {
             *("surefoot", "torch", "python", "platform", "processor", "device", "threads", "started"),
+            "engine",
         }
         assert environment["device"] == "cpu"
+        assert environment["engine"] == "separate"
         assert environment["threads"] == 1
         # Plain types: a driver that unpickles or parses them needs no torch.
         assert {type(value) for value in environment.values()} == {str, int}

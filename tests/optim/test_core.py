@@ -28,6 +28,16 @@ def step(optimizer: SelfTuning, gradient: float = 1.0) -> None:
     optimizer.step()
 
 
+def test_the_limit_of_the_norm_is_no_rounded_one():
+    """A plain number limits float64 gradients to its own digits, and a stack's models as it would each by itself."""
+    for limit, models in ((0.3, None), (torch.tensor([0.3, math.inf], dtype=torch.float64), 2)):
+        p = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+        step(SelfTuning([p], directions.SGD(), rules.Constant(1.0), max_norm=limit, models=models), 7.0)
+        norm = 7 * math.sqrt(6 if models is None else 3)
+        assert p[0].tolist() == pytest.approx([-7 * 0.3 / (norm + 1e-6)] * 3, rel=1e-15)
+        assert p[1].tolist() == pytest.approx(p[0].tolist() if models is None else [-7.0] * 3, rel=1e-15)
+
+
 # ------------------------------------------------------------------------------------------------------ refusals
 
 REFUSED = [
@@ -396,6 +406,9 @@ def test_rates_of_nothing_and_of_zero():
         SRprop(weights()).rates(bins=0)
     with pytest.raises(ValueError, match="model is for a stack"):
         SRprop(weights()).rates(model=1)
+    with pytest.raises(ValueError, match="rates_by_model is for a stack"):
+        SRprop(weights()).rates_by_model()
+    assert math.isnan(SRprop([torch.zeros(2, 0, requires_grad=True)], models=2).rates_by_model()[1].max)
 
 
 def test_untracked_rates_say_how_to_track_them():

@@ -469,6 +469,10 @@ def test_stack(record: Record):
         assert [mean[k] for mean in stack.lr_mean] == pytest.approx(separate[k].lr_mean, rel=1e-12, abs=1e-15)
         assert [std[k] for std in stack.lr_std] == pytest.approx(separate[k].lr_std, rel=1e-9, abs=1e-15)
         assert stack.rates(model=k).mean == pytest.approx(separate[k].rates().mean, rel=1e-12)
+        ours, theirs = stack.rates_by_model()[k], separate[k].rates()
+        assert (ours.min, ours.max) == pytest.approx((theirs.min, theirs.max), rel=1e-12)
+        assert ours.mean == pytest.approx(theirs.mean, rel=1e-12)
+        assert ours.std == pytest.approx(theirs.std, rel=1e-9, abs=1e-15)
 
 
 class NoHostSync(TorchDispatchMode):

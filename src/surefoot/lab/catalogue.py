@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from surefoot.lab.errors import UserError
 from surefoot.lab.packages import RIVALS, Adapted, Rival
+from surefoot.lab.plan import written
 from surefoot.lab.runs import Scalar, Value
 from surefoot.lab.schedules import NONE, SCHEDULES
 from surefoot.optim import (
@@ -33,6 +34,7 @@ from surefoot.optim import (
 )
 from surefoot.optim.directions import SGD, Adam, Direction, Momentum, Nesterov
 from surefoot.optim.named import lossgrad_factors
+from surefoot.optim.parts import Number
 from surefoot.optim.rules import Constant, Hypergradient, Rule, Window
 
 if TYPE_CHECKING:
@@ -50,13 +52,23 @@ Trainee = SelfTuning | Adapted
 ``rates()``, ``averaged()`` around an evaluation, and that a scheduler of torch's takes it."""
 
 
+class _Make(Protocol):
+    """An optimizer from all its settings and a rate; those that are numbers may be tensors ``[models]`` in a stack."""
+
+    def __call__(
+        self, params: Iterable[Tensor], settings: Mapping[str, Any], rate: Number, models: int | None = None
+    ) -> SelfTuning: ...
+
+
 @dataclass(frozen=True)
 class Entry:
     """One optimizer: what it is, its settings with their defaults, and how it is made from all of them and a rate."""
 
     summary: str
     settings: Mapping[str, Value]
-    make: Callable[[Iterable[Tensor], Mapping[str, Value], float], SelfTuning]
+    make: _Make
+    per_model: Mapping[str, bool | tuple[bool, ...]]
+    """Of each setting, whether (of a tuple, which part) in a stack it may be a number for each model: by its annotation."""
     origin: Mapping[str, Value] = field(default_factory=dict)
     """What else decides its numbers and is no setting: for another package's, that package's version."""
 
@@ -71,16 +83,19 @@ def _cell(
     }
     rate_name = next(name for name in _RATE_NAMES if name in options[rule])
 
-    def make(params: Iterable[Tensor], settings: Mapping[str, Value], rate: float) -> SelfTuning:
+    def make(
+        params: Iterable[Tensor], settings: Mapping[str, Any], rate: Number, models: int | None = None
+    ) -> SelfTuning:
         values = {**settings, **fixed, rate_name: rate}
         made = {part: part(**{name: values[name] for name in options[part]}) for part in options}
-        return SelfTuning(params, cast(Direction, made[direction]), cast(Rule, made[rule]))
+        return SelfTuning(params, cast(Direction, made[direction]), cast(Rule, made[rule]), models=models)
 
     own = {name: value for part in options for name, value in options[part].items()}
     settings = {
         name: defaults.get(name, value) for name, value in own.items() if name not in {*_NOT_SETTINGS, *fixed}
     }
-    return Entry(f"{direction.__name__} x {rule.__name__}", settings, make)
+    hints = {**get_type_hints(direction), **get_type_hints(rule)}
+    return Entry(f"{direction.__name__} x {rule.__name__}", settings, make, _per_model(hints, settings))
 
 
 def _named(optimizer: type[SelfTuning], **fixed: Value) -> Entry:
@@ -88,12 +103,27 @@ def _named(optimizer: type[SelfTuning], **fixed: Value) -> Entry:
     signature = inspect.signature(optimizer).parameters
     rate_name = next(name for name in _RATE_NAMES if name in signature)
 
-    def make(params: Iterable[Tensor], settings: Mapping[str, Value], rate: float) -> SelfTuning:
-        return cast(Callable[..., SelfTuning], optimizer)(params, **settings, **fixed, **{rate_name: rate})
+    def make(
+        params: Iterable[Tensor], settings: Mapping[str, Any], rate: Number, models: int | None = None
+    ) -> SelfTuning:
+        options = {**settings, **fixed, rate_name: rate, "models": models}
+        return cast(Callable[..., SelfTuning], optimizer)(params, **options)
 
     settings = {name: p.default for name, p in signature.items() if name not in {*_NOT_SETTINGS, *fixed}}
     summary = (inspect.getdoc(optimizer) or "").partition("\n")[0].split(". ")[0].rstrip(".")
-    return Entry(", ".join([summary, *(f"{name} {value}" for name, value in fixed.items())]), settings, make)
+    summary = ", ".join([summary, *(f"{name} {value}" for name, value in fixed.items())])
+    return Entry(summary, settings, make, _per_model(get_type_hints(optimizer.__init__), settings))
+
+
+def _per_model(hints: Mapping[str, Any], names: Iterable[str]) -> dict[str, bool | tuple[bool, ...]]:
+    """Which options, or parts of tuples, may be a tensor."""
+
+    def admits(hint: Any) -> bool | tuple[bool, ...]:
+        if get_origin(hint) is tuple:
+            return tuple(bool(admits(part)) for part in get_args(hint))
+        return hint is Tensor or any(admits(part) is True for part in get_args(hint))
+
+    return {name: admits(hints[name]) for name in names}
 
 
 def _lossgrad(direction: str) -> Entry:
@@ -181,7 +211,7 @@ def resolve(request: MethodRequest, rates: Sequence[float] = ()) -> dict[str, Va
     schedule = settings.pop(_SCHEDULE)
     if schedule not in SCHEDULES:
         raise UserError(
-            f"{request.optimizer}[{_SCHEDULE}] is one of {', '.join(SCHEDULES)}, not {_written(schedule)}."
+            f"{request.optimizer}[{_SCHEDULE}] is one of {', '.join(SCHEDULES)}, not {written(schedule)}."
         )
     try:
         for rate in rates if request.rate is None else (request.rate,):
@@ -198,7 +228,7 @@ def resolve(request: MethodRequest, rates: Sequence[float] = ()) -> dict[str, Va
             if isinstance(number, float) and _SINGLE.max < abs(number) < math.inf:
                 raise UserError(
                     f"{request.optimizer}[{name}] takes numbers of single precision, up to {_SINGLE.max:.2g}, "
-                    f"not {_written(number)}."
+                    f"not {written(number)}."
                 )
     return {**settings, **entry.origin, **({} if schedule == NONE else {_SCHEDULE: schedule})}
 
@@ -228,6 +258,57 @@ def build(params: Iterable[Tensor], optimizer: str, settings: Mapping[str, Value
     )
 
 
+def build_stack(
+    params: Iterable[Tensor],
+    optimizer: str,
+    settings: Sequence[Mapping[str, Value]],
+    rates: Sequence[float],
+    device: torch.device,
+) -> SelfTuning:
+    """One optimizer over ``params`` ``[K, ...]`` for K runs, as :func:`build` makes one for each of them.
+
+    Raises:
+        UserError: it is another package's.
+    """
+    entry = _entry(optimizer)
+    if isinstance(entry, Rival):
+        raise UserError(f"Optimizer {optimizer} is another package's, which trains one model at a time.")
+
+    def together(values: Sequence[Any]) -> Any:
+        if all(value == values[0] for value in values):
+            return values[0]  # a plain number is less work
+        if isinstance(values[0], tuple):
+            return tuple(map(together, zip(*values, strict=True)))
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+    merged = {
+        name: together([_coerced(own[name], default, f"{optimizer}[{name}]") for own in settings])
+        for name, default in entry.settings.items()
+    }
+    return entry.make(params, merged, together(rates), models=len(settings))
+
+
+def stack_key(optimizer: str, settings: Mapping[str, Value]) -> Hashable:
+    """The same for settings with which runs of this optimizer can be in one stack: all but the numbers of each model's own.
+
+    ``None``: none can, since the optimizer is another package's.
+    """
+    entry = _entry(optimizer)
+    if isinstance(entry, Rival):
+        return None
+
+    def fixed(value: Value, own: bool | tuple[bool, ...]) -> Hashable:
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            parts = own if isinstance(own, tuple) else (own,) * len(value)
+            return tuple(map(fixed, value, parts))
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return "a number" if own is True and is_number else (type(value), value)
+
+    return tuple(
+        (name, fixed(value, entry.per_model.get(name, False))) for name, value in sorted(settings.items())
+    )
+
+
 def _entry(name: str) -> Entry | Rival:
     if name not in CATALOGUE:
         raise UserError(f"There is no optimizer {name!r}; {_nearest(name, CATALOGUE)}.")
@@ -245,7 +326,7 @@ def _coerced(value: Value, default: Value, setting: str) -> Value:
     if isinstance(default, Sequence) and not isinstance(default, str):
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(default):
             raise UserError(
-                f"{setting} takes {len(default)} values, such as {_written(default)}, not {_written(value)}."
+                f"{setting} takes {len(default)} values, such as {written(default)}, not {written(value)}."
             )
         return tuple(_scalar(v, d, setting) for v, d in zip(value, default, strict=True))
     return _scalar(value, default, setting)
@@ -263,11 +344,4 @@ def _scalar(value: Value, default: Scalar, setting: str) -> Scalar:
         return int(cast(float, value))
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
     kind = kinds.get(type(default), "none or a whole number")  # a horizon, for one
-    raise UserError(f"{setting} takes {kind}, such as {_written(default)}, not {_written(value)}.")
-
-
-def _written(value: Value) -> str:
-    """As it is written on the command line."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ":".join(map(_written, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    raise UserError(f"{setting} takes {kind}, such as {written(default)}, not {written(value)}.")

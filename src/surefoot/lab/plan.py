@@ -69,6 +69,23 @@ def parse_rates(text: str) -> tuple[float, ...]:
     return tuple(sorted(set(rates)))
 
 
+def parse_value(text: str, key: str, label: str) -> Value:
+    """The value of setting ``key``, as ``label`` has it: a scalar, or with ``:`` in it a tuple of them.
+
+    Raises:
+        UserError: it is no value.
+    """
+    entries = [_scalar(entry, key, label) for entry in text.split(":")]
+    return entries[0] if len(entries) == 1 else tuple(entries)
+
+
+def written(value: Value) -> str:
+    """A value as it is written on the command line: :func:`parse_value` gives it back."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ":".join(map(written, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
 def check_size(requests: Sequence[MethodRequest], rates: Sequence[float], seeds: int) -> None:
     """Refuses a comparison of too many runs, before any of them is made up.
 
@@ -159,7 +176,7 @@ def _expand(item: str) -> Iterator[MethodRequest]:
         )
     for texts in itertools.product(*alternatives.values()):
         label = f"{name}[{','.join(f'{key}={text}' for key, text in zip(alternatives, texts, strict=True))}]"
-        settings = {key: _value(text, key, label) for key, text in zip(alternatives, texts, strict=True)}
+        settings = {key: parse_value(text, key, label) for key, text in zip(alternatives, texts, strict=True)}
         batch = _batch(settings.pop("batch"), label) if "batch" in settings else None
         rate = _rate(settings.pop("rate"), label) if "rate" in settings else None
         yield MethodRequest(label, name, settings, batch, rate)
@@ -179,11 +196,6 @@ def _alternatives(setting: str, item: str) -> tuple[str, list[str]]:
         if texts.count(text) > 1:
             raise UserError(f"{item!r} gives {key} the value {text} twice; leave one of them out.")
     return key, texts
-
-
-def _value(text: str, key: str, label: str) -> Value:
-    entries = [_scalar(entry, key, label) for entry in text.split(":")]
-    return entries[0] if len(entries) == 1 else tuple(entries)
 
 
 def _scalar(text: str, key: str, label: str) -> Scalar:

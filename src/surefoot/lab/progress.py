@@ -47,18 +47,27 @@ class Pace:
 
     def __init__(self, estimates: Sequence[float], workers: int, now: float) -> None:
         self.total = sum(estimates)
+        self.planned = len(estimates)
         self.done = 0.0
         """Estimated seconds of the finished runs: what the bar shows."""
         self.runs = 0
+        """Of those that were ``planned``, how many have finished."""
         self._waiting = list(estimates)
         self._workers = workers
         self._last = now
         self._estimated = 0.0
         self._measured = 0.0
 
-    def finished(self, estimate: float, result: RunResult, now: float) -> None:
-        """Notes that a run came back. A diverged run stopped early and says nothing about the others."""
+    def finished(self, estimate: float, result: RunResult | None, now: float) -> None:
+        """Notes that a run is there, or, with no result, that it will not be made here after all.
+
+        A diverged run stopped early and says nothing about the others.
+        """
         self._waiting.remove(estimate)
+        if result is None:
+            self.total -= estimate
+            self.planned -= 1
+            return
         self.done += estimate
         self.runs += 1
         self._last = now
@@ -75,16 +84,18 @@ class Pace:
 @contextmanager
 def shown(
     console: Console, estimates: Sequence[float], workers: int, clock: Callable[[], float] = time.monotonic
-) -> Iterator[Callable[[float, RunResult], None]]:
+) -> Iterator[Callable[[float, RunResult | None], None]]:
     """Shows the progress of runs while the block lasts; call what it gives with each run's estimate and result.
+
+    With ``None`` for a result, a run is not to be waited for any more.
 
     A terminal gets a bar, weighted by the estimates; anything else a plain line now and then.
     """
     pace = Pace(estimates, workers, clock())
     show = _bar if console.is_terminal else _lines
-    with show(console, pace, len(estimates), clock) as refresh:
+    with show(console, pace, clock) as refresh:
 
-        def advance(estimate: float, result: RunResult) -> None:
+        def advance(estimate: float, result: RunResult | None) -> None:
             pace.finished(estimate, result, clock())
             refresh()
 
@@ -92,30 +103,30 @@ def shown(
 
 
 @contextmanager
-def _bar(console: Console, pace: Pace, runs: int, clock: Callable[[], float]) -> Iterator[Callable[[], None]]:
+def _bar(console: Console, pace: Pace, clock: Callable[[], float]) -> Iterator[Callable[[], None]]:
     class TimeLeft(ProgressColumn):
         def render(self, task: Bar) -> Text:
-            return Text(f"about {roughly(pace.left(clock()))} left" if pace.runs < runs else "done")
+            return Text(f"about {roughly(pace.left(clock()))} left" if pace.runs < pace.planned else "done")
 
-    columns = (BarColumn(), TextColumn(f"{{task.fields[runs]}}/{runs} runs"), TimeLeft())
+    columns = (BarColumn(), TextColumn("{task.fields[runs]}/{task.fields[planned]} runs"), TimeLeft())
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=pace.total, runs=0)
-        yield lambda: progress.update(bar, completed=pace.done, runs=pace.runs)
+        bar = progress.add_task("", total=pace.total, runs=0, planned=pace.planned)
+        yield lambda: progress.update(
+            bar, completed=pace.done, total=pace.total, runs=pace.runs, planned=pace.planned
+        )
 
 
 @contextmanager
-def _lines(
-    console: Console, pace: Pace, runs: int, clock: Callable[[], float]
-) -> Iterator[Callable[[], None]]:
+def _lines(console: Console, pace: Pace, clock: Callable[[], float]) -> Iterator[Callable[[], None]]:
     said = clock()
 
     def refresh() -> None:
         nonlocal said
         now = clock()
-        if now - said >= QUIET_SECONDS and pace.runs < runs:
+        if now - said >= QUIET_SECONDS and pace.runs < pace.planned:
             said = now
             console.print(
-                f"{pace.runs} of {runs} runs, about {roughly(pace.left(now))} left", highlight=False
+                f"{pace.runs} of {pace.planned} runs, about {roughly(pace.left(now))} left", highlight=False
             )
 
     yield refresh

@@ -20,6 +20,12 @@ Value = Scalar | Sequence[Scalar]
 """A setting of an optimizer: a plain value, or a tuple of them (``betas``, ``etas``)."""
 
 
+def digest_of(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a record's canonical JSON, in hexadecimal: the same for equal records."""
+    canonical = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Method:
     """One line of a comparison: an optimizer with its settings, under the name the reader sees.
@@ -50,8 +56,7 @@ class RunSpec:
     @property
     def key(self) -> str:
         """SHA-256 of the specification's canonical JSON, in hexadecimal."""
-        canonical = json.dumps({**asdict(self), "numerics": NUMERICS}, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return digest_of({**asdict(self), "numerics": NUMERICS})
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,49 @@ class RunResult:
 
 
 @dataclass(frozen=True)
+class SearchSpec:
+    """Everything that decides which settings a search tries. Its ``key`` is the search's identity in a store.
+
+    How many trials it has is not among this: a search can be gone on with.
+    """
+
+    task: str
+    task_version: str
+    optimizer: str
+    settings: Mapping[str, Value]
+    """What all trials have in common, batch size and rate included."""
+    space: Mapping[str, Mapping[str, Any]]
+    """What they differ in, as plain values."""
+    sampler: str
+    epochs: int
+    seeds: int
+    halving: int | None
+
+    @property
+    def key(self) -> str:
+        """As a run's."""
+        return digest_of({**asdict(self), "numerics": NUMERICS})
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting that a search tries, from seeds 0 to ``seeds - 1`` as far as it has come."""
+
+    number: int
+    setting: Mapping[str, Value]
+    """By the names of the space: settings of the optimizer, parts of those that are tuples, ``rate`` and ``batch``."""
+    seeds: int
+    """How many it has been granted: all of the search's, or fewer while it has to prove itself."""
+    pruned: bool = False
+    """Given up with the seeds that it has."""
+
+    @property
+    def digest(self) -> str:
+        """Of its setting."""
+        return digest_of(self.setting)
+
+
+@dataclass(frozen=True)
 class TaskInfo:
     """What a reader needs to know of a task, measured where the task was loaded."""
 
@@ -145,3 +193,5 @@ class Study:
     seeds: Sequence[int]
     command: str
     """The command line that makes this study again."""
+    chosen_from: int | None = None
+    """Of how many settings the methods are the best, judged on these very seeds; ``None``: they are what was asked for."""

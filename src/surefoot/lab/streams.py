@@ -1,14 +1,22 @@
-"""The random streams of a run: torch's, NumPy's and Python's global ones, seeded for the run and given back after it."""
+"""The random streams of a run: torch's, NumPy's and Python's global ones, seeded for the run and given back after it.
+
+The runs of a stack take turns: torch's streams are each run's own while its numbers are drawn.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
+
+from surefoot.optim.probe import RandomState
+
+_T = TypeVar("_T")
 
 
 def stream_seed(seed: int, purpose: str) -> int:
@@ -38,3 +46,38 @@ def seed_everything(seed: int, device: torch.device) -> None:
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed other devices too
     else:
         torch.manual_seed(seed)
+
+
+class Streams:
+    """torch's random streams of several runs, each going on where it stopped; what others left in them is overwritten."""
+
+    def __init__(self, states: Sequence[RandomState]) -> None:
+        self._states = list(states)
+
+    @property
+    def runs(self) -> int:
+        """How many there are."""
+        return len(self._states)
+
+    @contextmanager
+    def of(self, run: int) -> Iterator[None]:
+        """Inside, torch's random streams are this run's."""
+        self._states[run].restore()
+        yield
+        self._states[run] = self._states[run].now()
+
+    def draw(self, function: Callable[[], _T]) -> list[_T]:
+        """What the function returns for each run."""
+        drawn = []
+        for run in range(self.runs):
+            with self.of(run):
+                drawn.append(function())
+        return drawn
+
+    def only(self, runs: Sequence[int]) -> Streams:
+        """A copy with these of the runs."""
+        return Streams([self._states[run] for run in runs])
+
+    def copy(self) -> Streams:
+        """As they are now, whatever is drawn from these later."""
+        return Streams(self._states)

@@ -283,7 +283,8 @@ class SelfTuning(Optimizer):
             return None
         grads = [cast(Tensor, p.grad) for p in params]
         norm = self.space.dot(grads, grads).sqrt()
-        return (torch.as_tensor(largest, device=norm.device) / (norm + 1e-6)).clamp(max=1.0)
+        limit = torch.as_tensor(largest, dtype=norm.dtype, device=norm.device)
+        return (limit / (norm + 1e-6)).clamp(max=1.0)
 
     def _elsewhere(self, slots: Sequence[Slot], probe: Callable[[], Tensor]) -> Tensor | None:
         """The loss where the rule wants to look, the weights being put back; ``None`` where the step goes there itself."""
@@ -653,6 +654,22 @@ class SelfTuning(Optimizer):
         )
         counts = torch.bincount(torch.bucketize(logs, edges[1:-1]), minlength=bins)
         return Rates(mean, std, low, high, tuple(counts.tolist()), tuple((10**edges).tolist()))
+
+    @torch.no_grad()
+    def rates_by_model(self) -> list[Rates]:
+        """What :meth:`rates` gives for each model of a stack, but for the histogram. Waits for the device once."""
+        models = self.space.models
+        if models is None:
+            raise ValueError("rates_by_model is for a stack; this optimizer was made without models=.")
+        rates = [rate for rate in self._effective_rates() if rate.numel()]
+        if not rates:
+            return [Rates(math.nan, math.nan, math.nan, math.nan, (), ())] * models
+        mean, std = self.space.mean_std(rates)
+        rows = [rate.reshape(models, -1).double() for rate in rates]
+        low = torch.stack([row.amin(1).to(mean.device) for row in rows]).amin(0)
+        high = torch.stack([row.amax(1).to(mean.device) for row in rows]).amax(0)
+        numbers = torch.stack([mean, std, low, high], dim=1).tolist()
+        return [Rates(own[0], own[1], own[2], own[3], (), ()) for own in numbers]
 
     def _record(self) -> None:
         """Append mean and s.d. of the rates to the history; kept with the first parameter, on its device."""

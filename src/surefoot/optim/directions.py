@@ -223,7 +223,7 @@ class AnnealedAdam(Direction):
     Weight decay shrinks each weight in proportion to its own step: u <- u + weight_decay |u| weight.
     """
 
-    betas: tuple[Number, Number, Number, Number] = (0.7375, 0.8125, 250.0, 0.99)
+    betas: tuple[Number, Number, Number, float] = (0.7375, 0.8125, 250.0, 0.99)
     eps: Number = 1e-8
     weight_decay: Number = field(default=0.1, kw_only=True)
     decoupled_weight_decay: bool = field(default=True, kw_only=True)

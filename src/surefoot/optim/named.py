@@ -207,7 +207,7 @@ class CoRe(SelfTuning):
         initial_rate: Number = 1e-3,
         etas: Pair = (0.7375, 1.2),
         step_sizes: Pair = (1e-6, 1e-2),
-        betas: tuple[Number, Number, Number, Number] = (0.7375, 0.8125, 250.0, 0.99),
+        betas: tuple[Number, Number, Number, float] = (0.7375, 0.8125, 250.0, 0.99),
         eps: Number = 1e-8,
         weight_decay: Number = 0.1,
         score_history: int = 0,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor as is_inside_vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -69,7 +70,8 @@ def leaving_no_trace(
         for part in module.modules():
             seen.add(part)
             for name, buffer in part._buffers.items():
-                if buffer is not None and id(buffer) not in buffers:
+                # Inside torch.func's vmap buffers are views of a stack, which whoever stacked them looks after.
+                if buffer is not None and id(buffer) not in buffers and not is_inside_vmap(buffer):
                     buffers[id(buffer)] = (part, name, buffer, buffer.clone())
 
     hook = register_module_forward_pre_hook(keep)

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup, escape
@@ -17,11 +18,18 @@ from plotly.offline import get_plotlyjs
 
 from surefoot._version import __version__
 from surefoot.lab.errors import UserError
+from surefoot.lab.plan import written
 from surefoot.lab.report import words
-from surefoot.lab.report.figures import figures, style
+from surefoot.lab.report.figures import Figure, figures, style
 from surefoot.lab.runs import RunResult, Scalar, Study, Value
-from surefoot.lab.stats import Estimate, Pair, Summary, analyse
+from surefoot.lab.spaces import in_words
+from surefoot.lab.stats import Analysis, Estimate, Pair, Summary, analyse
 
+if TYPE_CHECKING:
+    from surefoot.lab.report.views import Searched
+    from surefoot.lab.search import Outcome
+
+_TRIAL_LOSS = "final validation loss"
 FEW_VALUES = 4
 """So many different values of one fact of the environment are listed; of more, the first and the last are named."""
 
@@ -46,14 +54,16 @@ class Cell:
         return "" if math.isnan(self.key) else repr(self.key)
 
 
-def write_report(study: Study, path: str | Path) -> Path:
+def write_report(study: Study, path: str | Path, searched: Searched | None = None) -> Path:
     """Writes the page of ``study`` to ``path``, whole or not at all, making its folder if need be; returns the path.
+
+    With the search that its methods are the best of, where they are.
 
     Raises:
         UserError: the page cannot be written there.
     """
     path = Path(path)
-    page = render(study)
+    page = render(study, searched)
     # A command line may hold bytes that are no text; they must not cost the report.
     content = page.encode("utf-8", errors="backslashreplace")
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -71,12 +81,15 @@ def write_report(study: Study, path: str | Path) -> Path:
     return path
 
 
-def render(study: Study) -> str:
-    """The page of ``study``."""
+def render(study: Study, searched: Searched | None = None) -> str:
+    """The page of ``study``, and of the search that its methods are the best of."""
     analysis = analyse(study)
     plots = figures(study, analysis)
+    search_plots = _views(searched)
     positions = {method.label: position for position, method in enumerate(study.methods)}
     runs = [run for results in study.results.values() for run in results]
+    if searched is not None:
+        runs = [run for outcome in searched.outcomes for run in outcome.runs]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("surefoot.lab.report", "."),
         autoescape=True,
@@ -89,16 +102,20 @@ def render(study: Study) -> str:
         headline=words.headline(analysis),
         notes=words.notes(study, analysis),
         methods=[(position, method, style(position)) for position, method in enumerate(study.methods)],
-        summary_columns=_summary_columns(study),
+        best="The best trials" if searched else "Optimizers at their best initial rate",
+        summary_columns=_summary_columns(study, analysis),
         summary_rows=[
-            _summary_row(study, summary, positions[summary.label]) for summary in analysis.summaries
+            _summary_row(study, analysis, summary, positions[summary.label]) for summary in analysis.summaries
         ],
         p_values=analysis.tested,
         pair_rows=[_pair_row(pair, positions) for pair in analysis.pairs],
         pair_columns=_pair_columns(),
         figures=plots,
-        plots={plot.id: _json_values(plot.plot) for plot in plots if plot.plot},
-        facts=_facts(study, runs),
+        search_figures=search_plots,
+        trial_columns=_trial_columns(searched) if searched else [],
+        trial_rows=[_trial_row(searched, outcome) for outcome in searched.outcomes] if searched else [],
+        plots={plot.id: _json_values(plot.plot) for plot in [*plots, *search_plots] if plot.plot},
+        facts=[*_facts(study, runs), *(_search_facts(searched) if searched else [])],
         environment=_environment_facts(runs),
         settings=_settings,
         rate=words.rate,
@@ -106,7 +123,7 @@ def render(study: Study) -> str:
     )
 
 
-def _summary_columns(study: Study) -> list[tuple[str, str]]:
+def _summary_columns(study: Study, analysis: Analysis) -> list[tuple[str, str]]:
     """Title and explanation."""
     columns = [
         ("optimizer", "with the settings that were given"),
@@ -117,15 +134,22 @@ def _summary_columns(study: Study) -> list[tuple[str, str]]:
     ]
     if study.task.metric_name:
         columns.append((f"final {study.task.metric_name}", "mean and 95 % interval over the seeds"))
-    return [
-        *columns,
-        ("ms a step", "median over all runs"),
-        ("decades within 10 %", "decades of initial rate that end within 10 % of the method's own best loss"),
-        ("diverged runs", "of all runs, at all rates"),
-    ]
+    columns.append(("ms a step", "median over all runs"))
+    if _has_decades(analysis):
+        columns.append(
+            (
+                "decades within 10 %",
+                "decades of initial rate that end within 10 % of the method's own best loss",
+            )
+        )
+    return [*columns, ("diverged runs", "of all runs, at all rates")]
 
 
-def _summary_row(study: Study, summary: Summary, position: int) -> list[Cell]:
+def _has_decades(analysis: Analysis) -> bool:
+    return any(not math.isnan(summary.decades) for summary in analysis.summaries)
+
+
+def _summary_row(study: Study, analysis: Analysis, summary: Summary, position: int) -> list[Cell]:
     cells = [
         Cell(summary.label, words.count(summary.final_loss.n, "seed"), summary.label, position),
         Cell(
@@ -139,12 +163,55 @@ def _summary_row(study: Study, summary: Summary, position: int) -> list[Cell]:
     ]
     if study.task.metric_name:
         cells.append(_estimate_cell(summary.final_metric, words.with_interval(summary.final_metric)))
+    cells.append(Cell(words.milliseconds(summary.step_seconds), key=summary.step_seconds))
+    if _has_decades(analysis):
+        cells.append(Cell(words.decades(summary.decades), key=summary.decades))
+    return [*cells, Cell(str(summary.diverged), f"of {summary.runs}", summary.diverged)]
+
+
+def _views(searched: Searched | None) -> list[Figure]:
+    if searched is None:
+        return []
+    from surefoot.lab.report.views import views  # with Optuna
+
+    return views(searched)
+
+
+def _trial_columns(searched: Searched) -> list[tuple[str, str]]:
     return [
-        *cells,
-        Cell(words.milliseconds(summary.step_seconds), key=summary.step_seconds),
-        Cell(words.decades(summary.decades), key=summary.decades),
-        Cell(str(summary.diverged), f"of {summary.runs}", summary.diverged),
+        ("trial", "in the order in which they were begun"),
+        *((name, "searched setting") for name in searched.space),
+        (_TRIAL_LOSS, "mean ± s.d. over the seeds that it has; a trial of which a run diverged has none"),
+        ("seeds", "that it has"),
+        ("end", "how it ended"),
     ]
+
+
+def _trial_row(searched: Searched, outcome: Outcome) -> list[Cell]:
+    setting, loss = outcome.trial.setting, outcome.loss
+    ends = {
+        "open": "under way",
+        "complete": f"diverged in {words.count(outcome.diverged, 'run')}" if outcome.diverged else "complete",
+        "pruned": "diverged" if outcome.diverged else "pruned",
+    }
+    return [
+        Cell(str(outcome.trial.number), key=outcome.trial.number),
+        *(Cell(written(setting[name]), key=_sort_key(setting[name])) for name in searched.space),
+        Cell(*words.with_sd(loss), key=loss.mean),
+        Cell(str(len(outcome.runs)), key=len(outcome.runs)),
+        Cell(ends[outcome.state], key=ends[outcome.state]),
+    ]
+
+
+def _sort_key(value: Value) -> float | str:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else written(value)
+
+
+def _search_facts(searched: Searched) -> list[tuple[str, str]]:
+    states = [outcome.state for outcome in searched.outcomes]
+    pruned = f", of which {states.count('pruned')} pruned" if "pruned" in states else ""
+    space = [(f"range of {name}", in_words(dimension)) for name, dimension in searched.space.items()]
+    return [("trials", f"{len(states)}{pruned}"), *space]
 
 
 def _estimate_cell(estimate: Estimate, text: tuple[str, str]) -> Cell:

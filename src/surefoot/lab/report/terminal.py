@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ def print_summary(study: Study, console: Console | None = None) -> None:
     _print_table(study, analysis, console)
     console.print()
     shown = analysis.pairs
-    if len(shown) > MOST_PAIRS:
+    if len(shown) > MOST_PAIRS or study.chosen_from is not None:
         shown = [pair for pair in shown if pair.first == analysis.summaries[0].label]
     for pair in shown:
         _item(console, words.sentence(pair), "" if pair.verdict in ("first", "second") else "dim")
@@ -72,7 +73,8 @@ def _columns(study: Study, summaries: Sequence[Summary]) -> list[_Column]:
         heading = "\n".join(["final", *_folded(metric, METRIC_WIDTH), "± 95 %"])
         columns.append(_Column(2, heading, lambda s: "\n".join(words.with_half_interval(s.final_metric))))
     columns.append(_Column(1, "ms a\nstep", lambda s: words.milliseconds(s.step_seconds), right=True))
-    columns.append(_Column(6, "decades\nwithin\n10 %", lambda s: words.decades(s.decades), right=True))
+    if any(not math.isnan(summary.decades) for summary in summaries):
+        columns.append(_Column(6, "decades\nwithin\n10 %", lambda s: words.decades(s.decades), right=True))
     if any(summary.diverged for summary in summaries):
         columns.append(_Column(5, "runs\ndiver-\nged", lambda s: f"{s.diverged}/{s.runs}", right=True))
     return columns

@@ -194,6 +194,11 @@ def notes(study: Study, analysis: Analysis) -> list[str]:
     lost = [s.label for s in analysis.summaries if math.isinf(s.final_loss.mean)]
     if lost:
         found.append(f"Diverged in at least one run at every rate: {listing(lost)}.")
+    if study.chosen_from is not None and study.chosen_from > 1:
+        found.append(
+            f"The best {len(study.methods)} of {study.chosen_from} trials, chosen on the same seeds that they are judged "
+            "by, which flatters them the more the more trials there were."
+        )
     if any(len(s.rates) > 1 for s in analysis.summaries):
         found.append(
             "Each best rate was chosen on the same seeds that it is judged by, "

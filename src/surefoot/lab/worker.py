@@ -1,0 +1,156 @@
+"""The worker's side of every executor: what a process does that trains, here or on another machine.
+
+Its jobs are functions of this module, called as ``function(room, *arguments)``. It is imported by drivers too, which must
+not import torch: the functions do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from surefoot.lab.errors import UserError
+from surefoot.lab.runs import Method, RunResult, RunSpec, TaskInfo
+
+if TYPE_CHECKING:
+    from surefoot.lab.plan import MethodRequest
+    from surefoot.lab.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to do in a worker: ``function(room, *arguments)``, a function of this module."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+Reply = tuple[Literal["done", "refused", "failed"], Any]
+"""A job's value, the message of its ``UserError``, or what went wrong in it."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a worker works in: its task, loaded when first needed, and its device."""
+
+    task_ref: str
+    data: Path | None
+    device: str
+
+    @cached_property
+    def task(self) -> Task:
+        """The task itself."""
+        from surefoot.lab.tasks import load
+
+        return load(self.task_ref, self.data)
+
+    @cached_property
+    def info(self) -> TaskInfo:
+        """The task described."""
+        from surefoot.lab.tasks import describe
+
+        return describe(self.task)
+
+    def load_again(self) -> None:
+        """Forget the task, which may have been loaded from a file that was being written."""
+        for what in ("task", "info"):
+            self.__dict__.pop(what, None)
+
+
+def begin() -> None:
+    """Makes this process a worker: one thread, and what it needs loaded before the first job comes."""
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[variable] = "1"  # read by the libraries when they are loaded: now
+    import torch
+
+    from surefoot.lab import tasks, train  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def answer(room: Room, job: Job) -> Reply:
+    """Does a job."""
+    from surefoot.lab.tasks import explain
+
+    try:
+        return "done", job.function(room, *job.arguments)
+    except UserError as error:
+        return "refused", str(error)
+    except BaseException as error:  # a task may raise what it likes; only a signal ends a worker
+        return "failed", explain(error)
+
+
+def prepare(
+    room: Room, requests: Sequence[MethodRequest], rates: tuple[float, ...]
+) -> tuple[TaskInfo, list[Method]]:
+    """The task described, and the optimizers with all their settings."""
+    from surefoot.lab import catalogue, train
+
+    train.usable_device(room.device)
+    settings = [
+        catalogue.resolve(request, rates) for request in requests
+    ]  # before data that may take long to load
+    task = room.info
+    methods = [
+        Method(
+            label=request.label,
+            optimizer=request.optimizer,
+            settings=complete,
+            batch_size=request.batch_size or task.batch_size,
+            rates=rates if request.rate is None else (request.rate,),
+        )
+        for request, complete in zip(requests, settings, strict=True)
+    ]
+    for method in methods:
+        if method.batch_size > task.train_patterns:
+            raise UserError(
+                f"{method.label} asks for batches of {method.batch_size} patterns, but task {task.name} has only "
+                f"{task.train_patterns} to train on."
+            )
+    return task, methods
+
+
+def estimate(room: Room, spec: RunSpec) -> float:
+    """About how many seconds a run takes."""
+    from surefoot.lab import train
+
+    return train.estimate_seconds(room.task, spec, room.device)
+
+
+def run(room: Room, batch: Sequence[RunSpec]) -> list[RunResult]:
+    """The runs of a batch, one after the other."""
+    from surefoot.lab import train
+    from surefoot.lab.tasks import explain
+
+    results = []
+    for spec in batch:
+        _check_version(room, spec)
+        try:
+            results.append(train.train(room.task, spec, room.device))
+        except UserError:
+            raise
+        except BaseException as error:  # named here, for only here is known which one it was
+            raise UserError(f"An error ended {named(spec)}: {explain(error)}.") from error
+    return results
+
+
+def named(spec: RunSpec) -> str:
+    """A run as a sentence names it."""
+    return f"the run of {spec.optimizer} at rate {spec.rate:g} with seed {spec.seed}"
+
+
+def _check_version(room: Room, spec: RunSpec) -> None:
+    """Each process loads the task for itself: it must be the one that the run was planned for."""
+    if room.info.version == spec.task_version:
+        return
+    found = room.info.version
+    room.load_again()
+    if room.info.version not in (found, spec.task_version):
+        raise UserError(f"Task {spec.task} gives other data at every call; seed what it draws them from.")
+    if room.info.version != spec.task_version:
+        raise UserError(f"Task {spec.task} has changed since the comparison began; start it again.")
