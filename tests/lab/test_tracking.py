@@ -279,7 +279,7 @@ class TestWandB:
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=300,
         )
         sentence = told.stdout.splitlines()[-1]
         assert sentence.startswith("said: --log wandb fails: ")

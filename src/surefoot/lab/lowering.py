@@ -77,13 +77,15 @@ class Vmapped(Lowering):
             outputs = functional_call(self.model, own, (inputs,))
             return outputs, {name: own[name] for name in self._buffers}
 
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         outputs, buffers = each(one, streams, tensors, inputs)
         tensors.update(buffers)
         return outputs
 
     def evaluate(self, tensors: Tensors, inputs: Tensor, streams: Streams) -> Sequence[Any]:
-        self.model.eval()
+        if self.model.training:
+            self.model.eval()
         models = len(next(iter(tensors.values())))
         outputs = []
         for k in range(models):

@@ -93,6 +93,8 @@ class Single(Course):
         return torch.randperm(len(self.inputs), generator=self._shuffling).to(self.device)
 
     def losses(self, index: Tensor) -> Tensor:
+        if not self.model.training:
+            self.model.train()
         # index_select copies, so the model may change what it gets.
         inputs, targets = self.inputs.index_select(0, index), self.targets.index_select(0, index)
         return self.task.loss(self.model(inputs), targets)
@@ -101,10 +103,9 @@ class Single(Course):
         return self.losses(index)  # the optimizer sees to it that nothing remembers it
 
     def outputs(self, inputs: Tensor) -> Sequence[Any]:
-        self.model.eval()
-        outputs = self.model(inputs)
-        self.model.train()
-        return [outputs]
+        if self.model.training:
+            self.model.eval()
+        return [self.model(inputs)]
 
     def rates(self) -> Sequence[Rates]:
         return [self.optimizer.rates()]
