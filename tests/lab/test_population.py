@@ -10,7 +10,9 @@ import pickle
 import random
 import time
 import weakref
+from collections import OrderedDict
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +21,7 @@ import torch
 from torch import nn
 
 from surefoot.lab import catalogue, population
+from surefoot.lab.alike import difference
 from surefoot.lab.catalogue import CATALOGUE, Entry
 from surefoot.lab.errors import UserError
 from surefoot.lab.plan import parse_optimizers
@@ -794,3 +797,84 @@ def test_a_step_waits_for_nothing():
         stack.step(next(batches))
     assert {"baddbmm", "mul"} <= Watching.met
     assert not Watching.met & {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"}
+
+
+class Settings:
+    def __init__(self, number):
+        self.number, self.round = number, self  # a circle
+
+
+def scaled(by):
+    return lambda x: x * by
+
+
+class TestDifference:
+    """What tells two models of one make apart."""
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda module: 1.5,
+            lambda module: {"a": [1, (2.0, None)], "b": {3}, "c": "word"},
+            lambda module: torch.arange(3),
+            lambda module: np.arange(3),
+            lambda module: torch.float64,
+            lambda module: nn.functional.relu,
+            lambda module: lambda x: x + 1,
+            lambda module: scaled(2.0),
+            lambda module: partial(scaled, by=2.0),
+            lambda module: module.forward,
+            lambda module: [module, module.first],
+            lambda module: Settings(3),
+            lambda module: OrderedDict({5: scaled(2.0)}),
+        ],
+    )
+    def test_there_is_none(self, make):
+        pair = [OfItsOwn(more=lambda module: vars(module).update(it=make(module))) for _ in range(2)]
+        assert difference(*pair) is None
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda module, k: k,
+            lambda module, k: [1, 2, k],
+            lambda module, k: {k: 1, "one": 1},
+            lambda module, k: ("a", "b") if k else ["a", "b"],
+            lambda module, k: torch.tensor(k),
+            lambda module, k: torch.zeros(1, dtype=(torch.float32, torch.float64)[k]),
+            lambda module, k: torch.zeros(1, requires_grad=True),
+            lambda module, k: np.array(k),
+            lambda module, k: scaled(k),
+            lambda module, k: (scaled, varied)[k],
+            lambda module, k: partial(scaled, by=k),
+            lambda module, k: OfItsOwn().forward,
+            lambda module, k: (module.first, module.last)[k],
+            lambda module, k: [nn.Linear(1, 1)],
+            lambda module, k: Settings(k),
+            lambda module, k: object(),
+            lambda module, k: random.Random(0),
+            lambda module, k: np.random.default_rng(0),
+        ],
+    )
+    def test_there_may_be_one(self, make):
+        pair = [OfItsOwn(more=lambda module, k=k: vars(module).update(it=make(module, k))) for k in range(2)]
+        found = difference(*pair)
+        assert found is not None
+        assert found.startswith("attribute it of OfItsOwn")
+
+    def test_of_the_layers_and_their_shapes(self):
+        for one, other, what in (
+            (nn.Sequential(nn.ReLU()), nn.Sequential(nn.Tanh()), "the kind of its layers"),
+            (nn.Sequential(nn.ReLU()), nn.Sequential(nn.ReLU(), nn.ReLU()), "the number of its layers"),
+            (
+                nn.ReLU(inplace=True),
+                nn.ReLU(),
+                "attribute inplace of ReLU, which is neither parameter nor buffer,",
+            ),
+            (
+                nn.ParameterList([torch.zeros(2)]),
+                nn.ParameterList([torch.zeros(3)]),
+                "the shape of its parameters",
+            ),
+        ):
+            assert difference(one, other) == what
