@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ ASKED = Sweep(
     task="task.py:task",
     optimizer="momentum",
     sampler="tpe",
-    trials=24,
+    trials=30,
     at_once=None,
     halving=None,
     rates=None,
@@ -52,8 +53,8 @@ ASKED = Sweep(
     store=None,
     workers=None,
 )
-MOST_STARTS = 8  # of a life that is going to be killed
-PATIENCE = 60.0
+MOST_STARTS = 6  # of a life that is going to be killed, and then
+LONGEST = 0.03  # seconds of work
 
 
 class Here:
@@ -86,18 +87,32 @@ class Here:
             yield from worker.run(self._room, [spec])
 
 
-def born(room, asked):
-    """The process of a new life."""
+def begun():
+    return Path("starts").read_bytes().count(b"\n")
+
+
+def die(starts, seconds):
+    """Ends this process when it has begun so many runs more and worked so long after it, however busy the machine is."""
+    before = begun()
+    while begun() - before < starts:
+        time.sleep(0.001)
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def live(room, asked=ASKED, death=None):
+    """One life, to its own end or to ``death``: how it ended."""
     child = os.fork()
     if child == 0:
         session.LocalProcesses = lambda *arguments: Here(room)
+        if death is not None:
+            threading.Thread(target=die, args=death, daemon=True).start()
         with open(os.devnull, "w") as nowhere:
             os._exit(sweep(asked, Console(file=nowhere), Console(file=nowhere)))
-    return child
-
-
-def begun():
-    return Path("starts").read_bytes().count(b"\n")
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 def main(kills, seed):
@@ -111,18 +126,12 @@ def main(kills, seed):
 
     with open("lives", "w") as lives:
         for life in range(kills + 1):
-            before, wanted = begun(), rng.randrange(MOST_STARTS)
-            child = born(room, ASKED)
-            if life < kills:
-                deadline = time.monotonic() + PATIENCE
-                while begun() - before < wanted and time.monotonic() < deadline:
-                    time.sleep(0.001)
-                time.sleep(rng.uniform(0, 0.05))
-                os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            lives.write(f"{begun() - before} {os.waitstatus_to_exitcode(status)}\n")
+            before = begun()
+            death = (rng.randrange(MOST_STARTS), rng.uniform(0, LONGEST)) if life < kills else None
+            status = live(room, death=death)
+            lives.write(f"{begun() - before} {status}\n")
     os.rename("starts", "done")
-    os.waitpid(born(room, replace(ASKED, out=Path("untroubled"))), 0)
+    live(room, replace(ASKED, out=Path("untroubled")))
     os.rename("done", "starts")
 
 

@@ -346,7 +346,7 @@ class TestForReal:
         process = surefoot(f"{COMPARE} --on ray", tmp_path)
         under_way(process, tmp_path)
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == expected
         assert "Traceback" not in errors
         if number != signal.SIGKILL:
@@ -354,7 +354,7 @@ class TestForReal:
         before = stored(tmp_path)
         assert 2 <= len(before) < RUNS
         process = surefoot(COMPARE, tmp_path)  # here: the place is no part of what a run is
-        out, errors = process.communicate(timeout=120)
+        out, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         assert f"{RUNS} runs, {len(before)} of them in " in out
         after = stored(tmp_path)
@@ -390,7 +390,7 @@ class TestForReal:
 
     def test_by_the_address_of_a_head(self, head, tmp_path):
         process = surefoot(f"{COMPARE} --on {head[1]}", tmp_path, RAY_AUTH_MODE="token")
-        out, errors = process.communicate(timeout=200)
+        out, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         assert out.splitlines()[-1] == "Report: surefoot-out/report.html"
         results = stored(tmp_path)
@@ -408,7 +408,7 @@ class TestForReal:
         )
         under_way(process, tmp_path)
         os.killpg(head[0].pid, signal.SIGKILL)
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 2
         assert errors.splitlines()[-1] == (
             f"error: The connection to the Ray cluster at {head[1]} is lost ({len(stored(tmp_path))} runs finished before "
@@ -419,7 +419,7 @@ class TestForReal:
         on = f"ray://127.0.0.1:{free_port()}"
         soon = {"RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "1", "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "1"}
         process = surefoot(f"{COMPARE} --on {on}", tmp_path, **soon)
-        out, errors = process.communicate(timeout=120)
+        out, errors = process.communicate(timeout=300)
         assert (process.returncode, out) == (2, "")
         assert errors.startswith(f"error: The Ray cluster at {on} cannot be used: ")
         assert len(errors.splitlines()) == 1
@@ -450,4 +450,4 @@ def test_the_driver_never_imports_torch(reference, ray):
         "assert result.status == 'finished'\n"
         "assert 'torch' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

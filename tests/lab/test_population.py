@@ -507,8 +507,15 @@ class TestGrouped:
             ),
             lambda: nn.Sequential(nn.BatchNorm2d(2), nn.Flatten(), nn.Dropout(0.5), nn.Linear(128, CLASSES)),
             lambda: nn.Sequential(nn.Flatten(), nn.Softmax(dim=1), nn.Linear(128, CLASSES)),
+            lambda: nn.Sequential(
+                nn.Flatten(),
+                nn.Linear(128, 5),
+                twice := nn.Sequential(nn.Dropout(0.3), nn.ELU()),
+                nn.Linear(5, CLASSES),
+                twice,
+            ),
         ],
-        ids=["strided", "nested", "linear_on_planes", "norm_first", "softmax_first"],
+        ids=["strided", "nested", "linear_on_planes", "norm_first", "softmax_first", "one_layer_twice"],
     )
     def test_every_layer(self, model):
         def made():

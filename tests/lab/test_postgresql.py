@@ -136,7 +136,7 @@ def test_drivers_that_begin_at_once_make_each_run_once(url, run, server):
         driver.start()
     begin.set()  # on an empty database: all find the tables missing
     for driver in drivers:
-        driver.join(60)
+        driver.join(300)
     assert [driver.exitcode for driver in drivers] == [0, 0, 0]
     with Store(url) as store:
         assert store.load(r.spec.key for r in results) == {r.spec.key: r for r in results}

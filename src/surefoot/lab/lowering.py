@@ -258,12 +258,12 @@ class Grouped(Lowering):
 
 def _layers_of(model: nn.Module, prefix: str, parameters: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
     """The layers in order, with what their parameters' names begin with."""
-    if type(model) is nn.Sequential:
-        _refuse_changes(model, prefix or "it")
-        for name, layer in model.named_children():
-            yield from _layers_of(layer, f"{prefix}{name}.", parameters)
-        return
     what = f"{type(model).__name__} {prefix.rstrip('.')}".strip()
+    if type(model) is nn.Sequential:
+        _refuse_changes(model, what)
+        for name, layer in model._modules.items():  # named_children() would pass over one that comes twice
+            yield from _layers_of(cast(nn.Module, layer), f"{prefix}{name}.", parameters)
+        return
     known = (nn.Linear, nn.Conv2d, nn.Flatten, *_POINTWISE, *_POOLING, *_OVER_AN_AXIS, *_NORMS, *_DROPOUTS)
     layer: Any = model
     kind = type(layer)
