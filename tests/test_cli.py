@@ -19,7 +19,20 @@ from surefoot.lab import sweep as searches
 from surefoot.lab.runs import RunResult
 from surefoot.lab.store import Store
 
-HEAVY = {"torch", "numpy", "scipy", "plotly", "sqlalchemy", "sklearn", "pandas", "jinja2", "optuna", "ray"}
+HEAVY = {
+    "torch",
+    "numpy",
+    "scipy",
+    "plotly",
+    "sqlalchemy",
+    "sklearn",
+    "pandas",
+    "jinja2",
+    "optuna",
+    "ray",
+    "tensorboard",
+    "wandb",
+}
 TINY = [
     "compare",
     "digits-mlp",
@@ -107,6 +120,8 @@ class TestRefusals:
             (["compare", "digits", "--rates", "1:0.1"], "--rates"),
             (["compare", "digits", "--optimizers", "adam["], "--optimizers"),
             (["compare", "digits", "--device", "tpu"], "--device"),
+            (["compare", "digits", "--on", "slurm"], "--on is 'slurm'"),
+            (["compare", "digits", "--log", "mlflow"], "--log is 'mlflow'"),
             (["compare", "digits", "--store", "nosuch://x"], "nosuch://x"),
             (["sweep"], "'task'"),
             (["sweep", "digits"], "--optimizer"),
@@ -165,7 +180,7 @@ class TestPassingOn:
         first, _ = asked(
             "compare", "my task.py:task", "--optimizers", "adam[eps=1e-8|1e-4]", "--rates", "0.1", "--seeds", "3",
             "--epochs", "2", "--batch", "7", "--data", str(tmp_path), "--out", "o", "--device", "cuda:1", "--store",
-            "s.sqlite", "--workers", "2",
+            "s.sqlite", "--workers", "2", "--on", "ray://head:10001", "--log", "tensorboard,wandb",
         )  # fmt: skip
         again, _ = asked(*shlex.split(first.command())[1:])
         assert again == first

@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,19 @@ class TestRunning:
         assert len(script.ran) == RUNS
         assert len(script.estimated) == 1
         assert f"{RUNS} runs, {RUNS} of them in surefoot-out/runs.sqlite already." in printed
+
+    def test_no_more_is_taken_at_a_time_than_keeps_the_workers_busy(self, script, monkeypatch):
+        monkeypatch.setattr(session, "SHARE", 5.0)  # for each of two workers; adam takes 10 s and sgd 5 s
+        leased = []
+
+        def count():
+            with sqlite3.connect("surefoot-out/runs.sqlite") as connection:
+                leased.extend(connection.execute("select count(*) from surefoot_leases").fetchone())
+
+        script.before = dict.fromkeys(range(RUNS), count)
+        assert run()[0] == 0
+        assert leased == [1, 2, 1, 1, 2, 1]
+        assert len(kept()) == RUNS
 
     def test_only_what_is_new_is_run(self, script):
         run()
