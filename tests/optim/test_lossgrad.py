@@ -84,6 +84,7 @@ def test_what_rounding_hides_raises_the_step():
     """The released code falls for ever there."""
     assert decide(1.0, 1.0, h=1e-9, floor=1e-7)
     assert not decide(1.0, 1.0, h=1e-9)
+    assert not decide(1.0, 50.0, h=1e-9, floor=1e-7), "nothing was predicted, but the rise is plain to see"
 
 
 @given(st.floats(0.05, 5.0), st.floats(0.1, 1.0), st.floats(0.1, 10.0))
@@ -496,12 +497,14 @@ def test_a_horizon_fades_the_step_and_not_the_probe():
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 20) if outside else None
         x = torch.randn(30, 8, 3, dtype=torch.float64)
         for t in range(25):
+
+            def loss_of(model=model, inputs=x[t]):
+                return (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+
             optimizer.zero_grad()
-            loss = (model(x[t]) - x[t].sum(1, keepdim=True)).square().mean()
+            loss = loss_of()
             loss.backward()
-            optimizer.step(
-                loss=loss, evaluate=lambda t=t: (model(x[t]) - x[t].sum(1, keepdim=True)).square().mean()
-            )
+            optimizer.step(loss=loss, evaluate=loss_of)
             if scheduler:
                 scheduler.step()
             if t == 20:
@@ -560,11 +563,14 @@ def test_the_next_steps_loss_is_the_probe_where_the_batch_is_the_whole(weight_de
         )
         rates = []
         for _ in range(39):
+
+            def loss_of(model=model):
+                return nn.functional.mse_loss(model(x), y)
+
             optimizer.zero_grad()
-            loss = nn.functional.mse_loss(model(x), y)
+            loss = loss_of()
             loss.backward()
-            again = {"evaluate": lambda: nn.functional.mse_loss(model(x), y)} if probe == "step" else {}
-            optimizer.step(loss=loss, **again)
+            optimizer.step(loss=loss, evaluate=loss_of if probe == "step" else None)
             rates.append(optimizer.state[model.weight]["step_size"].item())
         ends.append(rates)
     assert ends[1][1:] == pytest.approx(ends[0][:-1]), "the same decisions, each known at the next step"
@@ -580,8 +586,8 @@ def test_next_with_decoupled_decay_is_refused():
         )
     with pytest.raises(ValueError, match="probe_every must be 1 with probe='next'"):
         LossGrad([torch.zeros(1)], probe="next", probe_every=2)
-    with pytest.raises(ValueError, match="probe must be 'step' to retract"):
-        LossGrad([torch.zeros(1)], probe="raw", retract=True)
+    with pytest.raises(ValueError, match="probe must be 'step' or 'raw' to retract"):
+        LossGrad([torch.zeros(1)], probe="next", retract=True)
 
 
 def test_a_part_of_the_batch_is_judged_by_its_own_loss():

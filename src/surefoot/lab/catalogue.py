@@ -259,10 +259,9 @@ def _scalar(value: Value, default: Scalar, setting: str) -> Scalar:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and type(default) is float:
         return float(cast(float, value))
-    if number and (default is None or type(default) is int) and float(cast(float, value)).is_integer():
+    if number and type(default) is int and float(cast(float, value)).is_integer():
         return int(cast(float, value))
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
-    kind = kinds.get(type(default), "none or a whole number")  # a horizon, for one
+    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[type(default)]
     raise UserError(f"{setting} takes {kind}, such as {_written(default)}, not {_written(value)}.")
 
 

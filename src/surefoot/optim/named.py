@@ -394,8 +394,10 @@ class WNGrad(SelfTuning):
 
 
 def lossgrad_factors(direction: str) -> tuple[float, float]:
-    """LossGrad's ``down`` and ``threshold`` for a direction: as published for the gradient itself, and shorter steps where
-    the direction remembers earlier batches (docs/results/lossgrad_defaults.md)."""
+    """LossGrad's ``down`` and ``threshold`` for a direction (docs/results/lossgrad_defaults.md).
+
+    As published for the gradient itself; shorter steps where the direction remembers earlier batches.
+    """
     return (1.05, 0.5) if direction == "sgd" else (1.1, 0.4)
 
 
@@ -435,7 +437,7 @@ class LossGrad(SelfTuning):
         lower_bound: of the loss, 0 for cross-entropy and squares: no step is longer than the parabola that just touches it
             allows, 2 (f0 - lower_bound) / <g, u>.
         retract: take back what was too much of a step after which the loss is higher, and until h has gone both up and
-            down all of a step that was too long; costs a copy of the weights. ``None``: where ``probe`` is "step".
+            down all of a step that was too long; costs a copy of the weights. ``None``: unless ``probe`` is "next".
         horizon: that many steps, over which the step fades linearly to 0; the probe stays at h.
         max_norm: clips the norm of all gradients first; h is judged by the real slope.
         average: "none", "mean" (of all iterates) or "exponential": what :meth:`averaged` evaluates.
@@ -466,22 +468,21 @@ class LossGrad(SelfTuning):
         track_rates: bool = False,
         models: int | None = None,
     ) -> None:
+        own_down, own_threshold = lossgrad_factors(direction)
         super().__init__(
             params,
             by_name(direction, weight_decay=weight_decay, decoupled_weight_decay=False),
             LossGradRule(
                 initial_rate,
                 up,
-                *(
-                    own if given is None else given
-                    for own, given in zip(lossgrad_factors(direction), (down, threshold), strict=True)
-                ),
+                own_down if down is None else down,
+                own_threshold if threshold is None else threshold,
                 ramp,
                 probe_every,
                 step_sizes,
                 probe,
                 lower_bound,
-                probe == "step" if retract is None else retract,
+                probe != "next" if retract is None else retract,
                 horizon,
             ),
             lr,

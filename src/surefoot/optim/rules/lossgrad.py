@@ -26,12 +26,12 @@ def rises(f0: Tensor, f1: Tensor, h: Tensor, slope: Tensor, threshold: Number, f
     f0 and f1 are the batch's loss before and after the step h u, and ``slope`` = <g, u> is what a linear loss would fall
     by for each unit of h. The step goes down iff f1 > f0 - (1 - threshold) h slope: without a division, so an uphill
     direction (slope < 0) goes down, and so does a loss that is no number. On a parabola with its minimum at h* the step
-    then hovers about 2 threshold h*: 0.5 aims at the minimum, 1 at the edge of stability. Where the predicted change is
-    below ``floor``, too small for the loss's precision to show, the step goes up.
+    then hovers about 2 threshold h*: 0.5 aims at the minimum, 1 at the edge of stability. Where the predicted change and the
+    rise are below ``floor``, too small for the loss's precision to show, the step goes up.
     """
     predicted = h * slope
     enough = f1 <= f0 - (1 - threshold) * predicted
-    hidden = (predicted.abs() < floor) & torch.isfinite(f1 - f0)
+    hidden = (predicted.abs() < floor) & (f1 - f0 < floor)
     return enough | hidden
 
 
@@ -111,7 +111,7 @@ class LossGrad(Rule):
         require_limits("step_sizes", self.step_sizes)
         require("lower_bound", self.lower_bound, "below infinity", lambda v: v < math.inf)
         if self.retract:
-            require("probe", self.probe, "'step' to retract steps by it", lambda v: v == "step")
+            require("probe", self.probe, "'step' or 'raw' to retract steps by it", lambda v: v != "next")
         if self.horizon is not None:
             require_whole("horizon", self.horizon, 1, "steps, or None")
 
