@@ -211,7 +211,7 @@ def told(results: Results) -> list[str]:
         "- **Small rates.** Claim: every rule equals gradient descent there. Over the 12 rules the largest relative "
         "distance of the final loss from GD's is "
         + ", ".join(
-            f"{short(distance)} at {rate(r)} ({name})"
+            f"{short(100 * distance)} % at {rate(r)} ({name})"
             for r in rates
             if math.isfinite((found := against_gd(results, r))[0]) and results[GD][r].mean("final") < first
             for distance, name in [found]
@@ -235,8 +235,8 @@ def told(results: Results) -> list[str]:
     )
     top = [r for r in rates if r >= 10]
     text.append(
-        "- **The way there.** Claim: with a growth of 2 the loss explodes before beta has doubled often enough, in "
-        "algorithm 3 a factor of 2^m more than in 1 and 2. Largest loss on the way (median over the four divergences): "
+        "- **The way there.** In theory, on a quadratic, the loss explodes while beta can only double, most in algorithm 3, "
+        "whose step is a doubling behind. Here the largest loss (median over the four divergences) is "
         + "; ".join(
             f"at {rate(r)} "
             + ", ".join(

@@ -8,10 +8,11 @@ The first 800 batches on CIFAR-10 (the paper's network), MNIST and scikit-learn'
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,7 +44,13 @@ from surefoot.lab.report.words import listing, rate
 
 TASKS = {"cifar10": 100, "mnist": 100, "digits": 24}
 """Batch sizes: the paper's, and the digits' own."""
-RULES = {"published": "published rule", "surefoot": "surefoot.LossGrad"}
+RULES: Mapping[str, Mapping[str, Any] | None] = {
+    "published rule": None,
+    "LossGrad(ramp=1, retract=False)": {"ramp": 1.0, "retract": False},
+    "LossGrad()": {},
+}
+"""``None``: the released code's; else the options of ``surefoot.LossGrad`` that are not its defaults."""
+PUBLISHED, GUARDED, DEFAULT = RULES
 RATES = tuple(10.0**exponent for exponent in range(-8, 2))
 BATCHES = 800
 LAST = 50
@@ -67,12 +74,30 @@ EARLIER: dict[float, tuple[float, float] | None] = {
 geometric mean of the step size over batches 400 to 800, and the training loss at the end; ``None``: nothing learnt."""
 
 
-def run(task: str, rule: str, initial_rate: float, seed: int, count: int, data: str | None) -> Record:
+def settings(rule: str) -> dict[str, Any]:
+    """All that decides a rule, for a run to be known by."""
+    given = RULES[rule]
+    if given is None:
+        return {"c": 1.05}
+    options = inspect.signature(surefoot.LossGrad).parameters.values()
+    own = {o.name: o.default for o in options if o.kind is o.KEYWORD_ONLY and o.name != "initial_rate"}
+    return {**own, **given}
+
+
+def run(
+    task: str,
+    rule: str,
+    settings: Mapping[str, Any],
+    initial_rate: float,
+    seed: int,
+    count: int,
+    data: str | None,
+) -> Record:
     """One run: the step size that each batch used, its loss before the step, and the validation at the end."""
     began = time.process_time()
     made = task_of(task, data)
     model = fresh_model(made, seed)
-    stepped = {"published": Published, "surefoot": Surefoot}[rule](model, initial_rate)
+    stepped = (Published if rule == PUBLISHED else Surefoot)(model, initial_rate, **settings)
     sizes, losses = [], []
     for inputs, targets in batches(made.train, TASKS[task], seed, count):
         sizes.append(stepped.step_size())
@@ -92,9 +117,9 @@ def run(task: str, rule: str, initial_rate: float, seed: int, count: int, data: 
 
 
 class Published:
-    """LOSSGRAD as its authors released it: c = 1.05, no bounds, and a rel that is no number raises h."""
+    """LOSSGRAD as its authors released it: no bounds, and a rel that is no number raises h."""
 
-    def __init__(self, model: nn.Module, initial_rate: float, c: float = 1.05) -> None:
+    def __init__(self, model: nn.Module, initial_rate: float, c: float) -> None:
         self.weights, self.h, self.c = list(model.parameters()), initial_rate, c
 
     def step_size(self) -> float:
@@ -120,10 +145,10 @@ class Published:
 
 
 class Surefoot:
-    """``surefoot.LossGrad`` as it comes."""
+    """``surefoot.LossGrad``."""
 
-    def __init__(self, model: nn.Module, initial_rate: float) -> None:
-        self.optimizer = surefoot.LossGrad(model.parameters(), initial_rate=initial_rate)
+    def __init__(self, model: nn.Module, initial_rate: float, **options: Any) -> None:
+        self.optimizer = surefoot.LossGrad(model.parameters(), initial_rate=initial_rate, **options)
 
     def step_size(self) -> float:
         """h of the next step."""
@@ -186,7 +211,7 @@ Results = dict[tuple[str, str], list[Point]]
 
 def steps_figure(results: Results, tasks: Sequence[str]) -> go.Figure:
     """Step size over the batches, a panel for each task and rule."""
-    titles = [f"{task}: {label}" for task in tasks for label in RULES.values()]
+    titles = [f"{task}: {rule}" for task in tasks for rule in RULES]
     figure = make_subplots(
         len(tasks),
         len(RULES),
@@ -246,7 +271,11 @@ def loss_figure(results: Results, tasks: Sequence[str]) -> go.Figure:
         horizontal_spacing=0.08,
         vertical_spacing=0.07,
     )
-    looks = {"published": ("#d55e00", "circle", 0.97), "surefoot": ("#0072b2", "square-open", 1.03)}
+    looks = {
+        PUBLISHED: ("#d55e00", "circle", 0.94),
+        GUARDED: ("#009e73", "square-open", 1.0),
+        DEFAULT: ("#0072b2", "diamond-open", 1.06),
+    }
     for row, task in enumerate(tasks, 1):
         for column, values in enumerate(kinds.values(), 1):
             finite = [
@@ -271,7 +300,7 @@ def loss_figure(results: Results, tasks: Sequence[str]) -> go.Figure:
                     mode="lines+markers",
                     line={"color": colour, "width": 2},
                     marker={"symbol": symbol, "size": 7},
-                    name=RULES[rule],
+                    name=rule,
                     legendgroup=rule,
                     showlegend=row == column == 1,
                 )
@@ -360,24 +389,22 @@ def cell(values: Sequence[float]) -> str:
 
 
 def table(results: Results, task: str) -> list[str]:
-    """One task, an initial rate a row, both rules side by side."""
-    lines = [
-        "| initial rate | "
-        + " | ".join(
-            f"{label}: step size, 2nd half | training loss | validation loss | outcome"
-            for label in RULES.values()
-        )
-        + " |",
-        "|---" * (1 + 4 * len(RULES)) + "|",
-    ]
+    """One task, an initial rate a row, the rules side by side."""
+    heads = [f"{rule}: step size | training loss | validation loss" for rule in RULES]
+    lines = [f"| initial rate | {' | '.join(heads)} |", "|---" * (1 + 3 * len(RULES)) + "|"]
     for group in zip(*(results[task, rule] for rule in RULES), strict=True):
         cells = [
-            f"{short(statistics.geometric_mean(p.settled)) if p.settled else '–'} | {cell(p.losses)} | "
-            f"{cell(p.validation)} | {p.outcome}"
+            f"{short(statistics.geometric_mean(p.settled)) if p.settled else '–'} | "
+            f"{cell(p.losses)}{'' if p.outcome in ('learnt', 'not finite') else f' ({p.outcome})'} | {cell(p.validation)}"
             for p in group
         ]
         lines.append(f"| {rate(group[0].rate)} | {' | '.join(cells)} |")
     return lines
+
+
+def default(option: str) -> str:
+    """What ``surefoot.LossGrad`` takes for an option that is not given."""
+    return f"{inspect.signature(surefoot.LossGrad).parameters[option].default:g}"
 
 
 def page(results: Results, tasks: Sequence[str], seeds: int, count: int, stem: str) -> str:
@@ -394,9 +421,10 @@ def page(results: Results, tasks: Sequence[str], seeds: int, count: int, stem: s
         f"{count} batches, {seeds} seeds (weights and order of the data), on the paper's CIFAR-10 network (batch 100), the "
         "MNIST network of the L-algorithms' paper (batch 100) and a small network for scikit-learn's digits (batch 24). "
         "*Published rule* is the released code's, to the letter: factors of 1.05, division by h |g|² + 1e-25, no bounds, "
-        "no regard for rounding, and a loss that is NaN raises h. *surefoot.LossGrad* is the class as it comes: the same "
-        "factors, but a change too small for the loss's precision to show raises the step size, and a loss that is not "
-        "finite lowers it.",
+        f"no regard for rounding, and a loss that is NaN raises h. *{GUARDED}* is the same rule in this library: a change too "
+        f"small for the loss's precision to show raises h, and a loss that is not finite lowers it. *{DEFAULT}* is the class "
+        f"as it comes: besides, the factor is {default('ramp')} until h has gone both up and down, a step after which the loss "
+        "is higher is taken back as far as it was too long, and until h has gone both ways any that was too long.",
         "",
         f"![Step size over the batches]({stem}_steps.svg)",
         "",
@@ -408,11 +436,12 @@ def page(results: Results, tasks: Sequence[str], seeds: int, count: int, stem: s
         "",
     ]
     for task in tasks:
-        lines += [f"## {task}", "", *(told(results[task, rule], label) for rule, label in RULES.items()), ""]
+        lines += [f"## {task}", "", *(told(results[task, rule], rule) for rule in RULES), ""]
         if task == "cifar10" and count == BATCHES:
-            lines += [compared(results[task, "published"]), ""]
+            lines += [compared(results[task, PUBLISHED]), ""]
         lines += [*table(results, task), ""]
     lines += [
+        "*Step size*: geometric mean over the second half of the batches. "
         f"*Training loss*: mean over the last {LAST} batches, each before its step. *Learnt*: that is below "
         f"{LEARNT:.0%} of the first batch's loss, in every seed.",
         "",
@@ -429,11 +458,12 @@ def main() -> None:
     arguments.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     arguments.add_argument("--batches", type=int, default=BATCHES)
     given = arguments.parse_args()
-    jobs = [
+    jobs = [  # the short ones first
         {
-            "task": task, "rule": rule, "initial_rate": initial, "seed": seed, "count": given.batches
+            "task": task, "rule": rule, "settings": settings(rule), "initial_rate": initial, "seed": seed,
+            "count": given.batches,
         }
-        for task in given.tasks for seed in range(given.seeds) for initial in RATES for rule in RULES
+        for task in reversed(given.tasks) for seed in range(given.seeds) for initial in RATES for rule in RULES
     ]  # fmt: skip
     ledger = Ledger(given.out / "runs.jsonl")
     run_missing(jobs, partial(run, data=given.data), ledger, given.workers)
