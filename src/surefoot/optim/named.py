@@ -288,7 +288,7 @@ class HyperReg(SelfTuning):
         lr: multiplies every rate; beta does not see it.
         divergence: "kl", "rkl", "hellinger", "chi2" or "neyman".
         algorithm: 1 exact; 2 approximate; 3 approximate, and a step behind.
-        initial_rate: :math:`1 / \beta` at the start.
+        initial_rate: :math:`1 / \beta` at the start. High, since only the rates that are too high are mended.
         scope: a rate for each "weight", for each "tensor", or one, "global".
         growth: largest :math:`\beta_{t+1} / \beta_t`; ``None`` for no limit (algorithm 1, and "chi2").
         radius: the displacement that counts as large: 1 in the paper.
@@ -306,7 +306,7 @@ class HyperReg(SelfTuning):
         *,
         divergence: str = "rkl",
         algorithm: int = 1,
-        initial_rate: Number = 1e-2,
+        initial_rate: Number = 1.0,
         scope: str = "weight",
         growth: Number | None = 2.0,
         radius: Number = 1.0,
