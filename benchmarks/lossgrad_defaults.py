@@ -41,13 +41,13 @@ LOSSGRAD = {
         "threshold=0.5,down=1.05",
         "threshold=0.4,down=1.1",
         "threshold=0.3,down=1.15",
-        "probe=raw,threshold=0.95,down=1.15,retract=false",
+        "probe=raw,threshold=0.95,down=1.15",
     ),
     "momentum": (
         PUBLISHED,
         "threshold=0.4,down=1.1",
         "threshold=0.3,down=1.15",
-        "probe=raw,threshold=0.5,down=1.05,retract=false",
+        "probe=raw,threshold=0.5,down=1.05",
     ),
 }
 

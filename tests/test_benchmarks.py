@@ -199,7 +199,7 @@ class TestHyperregPage:
         assert "0 % at 1e-4" in text
         assert "2 % at 1 (H2). Within 1 %: 1e-4, 1e-3, 0.01, 0.1" in text
         assert "GD 1 at 1; the 12 rules 1 to 1.02 at 1" in text
-        assert "ends GD at 10, 100, 1e3 and 1e4" in text
+        assert "above that with GD at 10, 100, 1e3 and 1e4" in text
         assert "final loss 0.5 from rates of 1 and more" in text
         assert "above its first loss nowhere" in text
         assert text.count("not finite |") == 2

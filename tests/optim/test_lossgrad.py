@@ -312,9 +312,9 @@ def test_the_copy_of_an_optimizer_probes_too():
 
 
 def has_found(optimizer, p, h):
-    """As if h had gone both up and down already: from then on retraction is by the parabola."""
+    """As if the ramp were over: from then on retraction is by the parabola."""
     one_step(optimizer, p, lambda x: 0.0, lambda x: 0.0)
-    for name, value in (("rose", 1.0), ("fell", 1.0), ("step_size", h)):
+    for name, value in (("factor", 1.0), ("step_size", h)):
         optimizer.state[p][name].fill_(value)
 
 
@@ -441,7 +441,7 @@ def test_a_retracted_step_ends_at_the_parabolas_minimum(dtype):
 
 def test_a_first_step_that_is_too_long_is_undone():
     """x^2 / 2 from 1 with h = 1.9: the loss is lower after it, but not by enough, and h has not been found yet."""
-    optimizer, p = scalar(1.0, initial_rate=1.9, retract=True)
+    optimizer, p = scalar(1.0, initial_rate=1.9, retract=True, ramp=10.0)
     one_step(optimizer, p, lambda x: x * x / 2, lambda x: x)
     assert p.item() == 1.0
     optimizer, p = scalar(1.0, retract=True)
@@ -456,7 +456,7 @@ def test_a_step_to_no_number_is_undone(f1, found):
     p = torch.zeros(2, requires_grad=True)
     optimizer = LossGrad([p], retract=True, step_sizes=(1e-12, 1e38))
     has_found(optimizer, p, 1e38)
-    optimizer.state[p]["rose"].fill_(float(found))
+    optimizer.state[p]["factor"].fill_(1.0 if found else 10.0)
     p.data.copy_(torch.tensor([1.0, -2.0]))
     p.grad = torch.tensor([1e3, 0.3])  # to -infinity
     optimizer.step(loss=1.0, evaluate=lambda: f1)
@@ -518,16 +518,19 @@ def test_a_horizon_fades_the_step_and_not_the_probe():
 
 @pytest.mark.parametrize("start", [1e-8, 1e4])
 def test_a_ramp_leaves_a_bad_start_behind(start):
-    """x^2 with its best step 1/2, from eight decades below and four above: found in 12 steps, then the small factors."""
-    optimizer, p = scalar(1.0, initial_rate=start, ramp=10.0, up=1.05, down=1.05)
-    for t in range(60):
+    """x^2 with its best step 1/2, from eight decades below and four above: found in 25 steps, then the small factors."""
+    optimizer, p = scalar(1.0, initial_rate=start, ramp=10.0)
+    factors = []
+    for _ in range(60):
         p.data.fill_(1.0)
         before = optimizer.rates().mean
         one_step(optimizer, p, lambda x: x * x, lambda x: 2 * x)
-        factor = optimizer.rates().mean / before
-        if t == 12:
-            assert 0.05 < optimizer.rates().mean < 5
-        assert t < 12 or max(factor, 1 / factor) == pytest.approx(1.05)
+        factors.append(max(optimizer.rates().mean / before, before / optimizer.rates().mean))
+        if len(factors) == 25:
+            assert optimizer.rates().mean == pytest.approx(0.5, rel=0.2)
+    assert all(b < a * (1 + 1e-9) for a, b in zip(factors, factors[1:], strict=False)), "never a longer stride"
+    assert factors[0] == pytest.approx(10)
+    assert factors[-1] == pytest.approx(1.05)
     assert optimizer.rates().mean == pytest.approx(0.5, rel=0.06)
 
 

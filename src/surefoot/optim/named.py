@@ -429,15 +429,15 @@ class LossGrad(SelfTuning):
         up, down: the factors. ``down=None``: 1.05 with "sgd", as published, 1.1 with the other directions.
         threshold: :math:`\tau` in (0, 1]; the step aims at :math:`2 \tau` times the best one along the line. ``None``: 0.5
             with "sgd", as published, 0.4 with the other directions.
-        ramp: the least factor until h has gone both up and down.
+        ramp: the factor to begin with; its root takes its place whenever h turns upwards, down to ``up`` and ``down``.
         probe_every: k, a probe at every k-th step, with the factors to the k-th power.
         step_sizes: smallest and largest h.
         probe: "step" looks along the step itself, "raw" along the direction without its momentum; "next" takes the next
             step's loss, for training on the full batch: then no ``evaluate`` is needed.
         lower_bound: of the loss, 0 for cross-entropy and squares: no step is longer than the parabola that just touches it
             allows, 2 (f0 - lower_bound) / <g, u>.
-        retract: take back what was too much of a step after which the loss is higher, and until h has gone both up and
-            down all of a step that was too long; costs a copy of the weights. ``None``: unless ``probe`` is "next".
+        retract: take back what was too much of a step after which the loss is higher, and during the ramp all of a step
+            that was too long; costs a copy of the weights. ``None``: unless ``probe`` is "next".
         horizon: that many steps, over which the step fades linearly to 0; the probe stays at h.
         max_norm: clips the norm of all gradients first; h is judged by the real slope.
         average: "none", "mean" (of all iterates) or "exponential": what :meth:`averaged` evaluates.
