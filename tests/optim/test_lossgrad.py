@@ -439,15 +439,20 @@ def test_a_retracted_step_ends_at_the_parabolas_minimum(dtype):
     assert optimizer.rates().mean == pytest.approx(5 / 1.05)
 
 
-def test_a_first_step_that_is_too_long_is_undone():
-    """x^2 / 2 from 1 with h = 1.9: the loss is lower after it, but not by enough, and h has not been found yet."""
-    optimizer, p = scalar(1.0, initial_rate=1.9, retract=True, ramp=10.0)
+@pytest.mark.parametrize("probe", ["step", "raw"])
+def test_a_first_step_that_is_too_long_is_undone(probe):
+    """x^2 / 2 from 1 with h = 1.9: the loss is lower after it, but not by enough, and the ramp is not over."""
+    optimizer, p = scalar(1.0, initial_rate=1.9, retract=True, ramp=10.0, probe=probe)
     one_step(optimizer, p, lambda x: x * x / 2, lambda x: x)
     assert p.item() == 1.0
-    optimizer, p = scalar(1.0, retract=True)
+    optimizer, p = scalar(1.0, retract=True, probe=probe)
     has_found(optimizer, p, 1.9)
     one_step(optimizer, p, lambda x: x * x / 2, lambda x: x)
     assert p.item() == pytest.approx(-0.9)
+    has_found(optimizer, p, 5.0)
+    p.data.fill_(1.0)
+    one_step(optimizer, p, lambda x: x * x / 2, lambda x: x)
+    assert p.item() == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("f1", [math.inf, math.nan])
