@@ -46,7 +46,6 @@ LOSSGRAD = {
     "momentum": (
         PUBLISHED,
         "threshold=0.4,down=1.1",
-        "threshold=0.3,down=1.15",
         "probe=raw,threshold=0.5,down=1.05",
     ),
 }

@@ -17,7 +17,7 @@ from surefoot.optim import directions, rules
 from surefoot.optim.rules.lossgrad import rises
 
 STEPS = 1000
-PUBLISHED = {"ramp": 1.0, "retract": False}
+PUBLISHED = {"down": 1.05, "threshold": 0.5, "ramp": 1.0, "retract": False}
 
 
 def softmax_loss(w, x, y):
@@ -112,7 +112,9 @@ def train(way, *, up, steps=30, **options):
     torch.manual_seed(0)
     model = Noisy()
     data = torch.randn(steps, 16, 6), torch.randint(3, (steps, 16))
-    optimizer = LossGrad(model.parameters(), initial_rate=0.05, up=up, down=up, **PUBLISHED, **options)
+    optimizer = LossGrad(
+        model.parameters(), **{**PUBLISHED, "initial_rate": 0.05, "up": up, "down": up, **options}
+    )
     losses, evaluated = [], []
     for x, y in zip(*data, strict=True):
 
@@ -431,7 +433,7 @@ def test_a_bound_above_the_loss_stops_and_breaks_nothing():
 def test_a_retracted_step_ends_at_the_parabolas_minimum(dtype):
     """x^2 / 2 from 1 with h = 5: thrown to -4, it comes back to 0, in whatever the weight is kept."""
     p = torch.ones(1, dtype=dtype, requires_grad=True)
-    optimizer = LossGrad([p], retract=True)
+    optimizer = LossGrad([p], down=1.05, retract=True)
     has_found(optimizer, p, 5.0)
     p.grad = torch.ones_like(p)
     optimizer.step(loss=0.5, evaluate=lambda: p.double().square().sum() / 2)
@@ -531,10 +533,9 @@ def test_a_ramp_leaves_a_bad_start_behind(start):
         before = optimizer.rates().mean
         one_step(optimizer, p, lambda x: x * x, lambda x: 2 * x)
         factors.append(max(optimizer.rates().mean / before, before / optimizer.rates().mean))
-        if len(factors) == 25:
-            assert optimizer.rates().mean == pytest.approx(0.5, rel=0.2)
-    assert all(b < a * (1 + 1e-9) for a, b in zip(factors, factors[1:], strict=False)), "never a longer stride"
-    assert factors[0] == pytest.approx(10)
+        if len(factors) > 25:
+            assert optimizer.rates().mean == pytest.approx(0.5, rel=0.3), "and never far from it again"
+    assert factors[:4] == pytest.approx([10] * 4)
     assert factors[-1] == pytest.approx(1.05)
     assert optimizer.rates().mean == pytest.approx(0.5, rel=0.06)
 
@@ -563,11 +564,11 @@ def test_the_next_steps_loss_is_the_probe_where_the_batch_is_the_whole(weight_de
             probe=probe,
             up=1.2,
             down=1.3,
+            ramp=1.0,
+            retract=False,
             weight_decay=weight_decay,
             horizon=schedule,
             direction="momentum",
-            threshold=0.5,
-            **PUBLISHED,
         )
         rates = []
         for _ in range(39):

@@ -32,7 +32,6 @@ from surefoot.optim import (
     WNGrad,
 )
 from surefoot.optim.directions import SGD, Adam, Direction, Momentum, Nesterov
-from surefoot.optim.named import lossgrad_factors
 from surefoot.optim.rules import Constant, Hypergradient, Rule, Window
 
 if TYPE_CHECKING:
@@ -97,12 +96,10 @@ def _named(optimizer: type[SelfTuning], **fixed: Value) -> Entry:
 
 
 def _lossgrad(direction: str) -> Entry:
-    """LossGrad with what it decides by the direction written out, and without its horizon, which ``schedule`` has."""
+    """LossGrad with ``retract`` written out, and without its horizon, which ``schedule`` has."""
     entry = _named(LossGrad, direction=direction)
-    down, threshold = lossgrad_factors(direction)
-    own = {"down": down, "threshold": threshold, "retract": True}
-    settings = {name: own.get(name, value) for name, value in entry.settings.items() if name != "horizon"}
-    return replace(entry, settings=settings)
+    settings = {name: value for name, value in entry.settings.items() if name != "horizon"}
+    return replace(entry, settings={**settings, "retract": True})
 
 
 _DIVERGENCES = {"kl": "kl", "rkl": "rkl", "h": "hellinger", "x": "chi2", "n": "neyman"}

@@ -393,14 +393,6 @@ class WNGrad(SelfTuning):
         )
 
 
-def lossgrad_factors(direction: str) -> tuple[float, float]:
-    """LossGrad's ``down`` and ``threshold`` for a direction (docs/results/lossgrad_defaults.md).
-
-    As published for the gradient itself; shorter steps where the direction remembers earlier batches.
-    """
-    return (1.05, 0.5) if direction == "sgd" else (1.1, 0.4)
-
-
 class LossGrad(SelfTuning):
     r"""LOSSGRAD (Wojcik, Maziarka & Tabor 2018): one step size, judged by the loss. any direction x lossgrad.
 
@@ -418,7 +410,7 @@ class LossGrad(SelfTuning):
 
     The probe sees the same dropout masks and leaves BatchNorm's buffers, gradients and random streams as they are.
 
-    The published rule is ``LossGrad(params, ramp=1, retract=False)``. It fails from initial rates that are far off; with
+    The published rule is ``LossGrad(params, down=1.05, threshold=0.5, ramp=1, retract=False)``. It fails from initial rates that are far off; with
     ``ramp`` and ``retract`` those from 1e-8 to 1e8 end much alike.
 
     Args:
@@ -426,9 +418,9 @@ class LossGrad(SelfTuning):
         lr: multiplies the step. A schedule shortens the step that is taken, not the one that is probed.
         direction: "sgd" as published, "momentum", "nesterov", "adam" or "sign".
         initial_rate: h at the start.
-        up, down: the factors. ``down=None``: 1.05 with "sgd", as published, 1.1 with the other directions.
-        threshold: :math:`\tau` in (0, 1]; the step aims at :math:`2 \tau` times the best one along the line. ``None``: 0.5
-            with "sgd", as published, 0.4 with the other directions.
+        up, down: the factors; 1.05 both in the paper.
+        threshold: :math:`\tau` in (0, 1]; the step aims at :math:`2 \tau` times the best one along the line; 0.5 in
+            the paper.
         ramp: the factor to begin with; its root takes its place whenever h turns upwards, down to ``up`` and ``down``.
         probe_every: k, a probe at every k-th step, with the factors to the k-th power.
         step_sizes: smallest and largest h.
@@ -452,8 +444,8 @@ class LossGrad(SelfTuning):
         direction: str = "sgd",
         initial_rate: Number = 1e-4,
         up: Number = 1.05,
-        down: Number | None = None,
-        threshold: Number | None = None,
+        down: Number = 1.1,
+        threshold: Number = 0.4,
         ramp: Number = 10.0,
         probe_every: int = 1,
         step_sizes: tuple[float, float] = (1e-12, 1e6),
@@ -468,15 +460,14 @@ class LossGrad(SelfTuning):
         track_rates: bool = False,
         models: int | None = None,
     ) -> None:
-        own_down, own_threshold = lossgrad_factors(direction)
         super().__init__(
             params,
             by_name(direction, weight_decay=weight_decay, decoupled_weight_decay=False),
             LossGradRule(
                 initial_rate,
                 up,
-                own_down if down is None else down,
-                own_threshold if threshold is None else threshold,
+                down,
+                threshold,
                 ramp,
                 probe_every,
                 step_sizes,

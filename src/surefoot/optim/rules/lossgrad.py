@@ -215,14 +215,17 @@ class LossGrad(Rule):
         factor = torch.where(turns, shared["factor"].sqrt(), shared["factor"])
         up, down = options["up"] ** every, options["down"] ** every
         searching = (factor > up) & (factor > down)
+        least = parabola_minimum(before, after, looked, slope)
         if options["retract"]:
-            least = parabola_minimum(before, after, looked, slope).nan_to_num(nan=0.0).clamp(min=0)
-            least = torch.where(after <= before, math.inf, least)
-            shared["limit"].copy_(torch.where(searching & ~risen, 0.0, least))
+            worse = torch.where(after <= before, math.inf, least.nan_to_num(nan=0.0).clamp(min=0))
+            shared["limit"].copy_(torch.where(searching & ~risen, 0.0, worse))
         counts = shared["steps"] > 0
         shared["factor"].copy_(torch.where(counts, factor, shared["factor"]))
         shared["last"].copy_(torch.where(counts, torch.where(risen, 1.0, -1.0), 0.0))
-        longer = torch.where(searching, h * factor, h * up)
+        # In its strides too, no further than to where the rule would settle on the parabola that was seen.
+        seen = (least > 0) & (looked * slope > floor)
+        settled = torch.where(seen, 2 * options["threshold"] * least, math.inf)
+        longer = torch.where(searching, (h * factor).minimum(settled.maximum(h * up)), h * up)
         # A capped step has told nothing of a longer one.
         longer = torch.where(shared["used"] < h, h, longer)
         shorter = torch.where(searching, h / factor, h / down)
