@@ -341,7 +341,8 @@ def told(line: Sequence[Point], label: str) -> str:
     learnt = by_outcome.pop("learnt", [])
     near, best = decades(line)
     settled = [size for p in learnt for size in p.settled]
-    text = f"- **{label}** learnt from {len(learnt)} of {len(line)} initial rates"
+    seeds = min(len(point.runs) for point in line)
+    text = f"- **{label}** ({seeds} seed{'s' * (seeds != 1)}) learnt from {len(learnt)} of {len(line)} initial rates"
     if learnt:
         text += (
             f" ({listing([rate(p.rate) for p in learnt])}); there the step size of the second half is {spanned(settled)} "

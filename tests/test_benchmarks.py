@@ -162,12 +162,12 @@ class TestInsensitivityPage:
         }
         text = insensitivity.page(results, ["cifar10"], seeds=2, count=800, stem="x")
         assert (
-            "**published rule** learnt from 6 of 10 initial rates (1e-6, 1e-5, 1e-4, 1e-3, 0.01 and 0.1)"
+            "**published rule** (2 seeds) learnt from 6 of 10 initial rates (1e-6, 1e-5, 1e-4, 1e-3, 0.01 and 0.1)"
             in text
         )
         assert "a tenth of its start): 1e-8 and 1e-7." in text
         assert "at least one seed): 10." in text
-        assert "**LossGrad()** learnt from 9 of 10 initial rates (1e-8, " in text
+        assert "**LossGrad()** (2 seeds) learnt from 9 of 10 initial rates (1e-8, " in text
         assert "Of the 6 initial rates in both, 6 end alike (learnt in every seed, or not)." in text
         assert "1.14 to 1.72 times" in text  # 0.1 / 0.088 and 0.1 / 0.058
         assert "| 10 | – | not finite | not finite | 5 | 2.310 ± 0 (stuck) | 2.310 ± 0 |" in text
