@@ -417,7 +417,7 @@ def page(results: Results, tasks: Sequence[str], seeds: int, count: int, stem: s
         "",
         "The paper's figure shows the step size of the first 800 batches from several initial rates, and claims that it "
         "comes to one value whatever the start. Here every decade from 1e-8 to 10, "
-        f"{count} batches, {seeds} seeds (weights and order of the data), on the paper's CIFAR-10 network (batch 100), the "
+        f"{count} batches, up to {seeds} seeds (weights and order of the data; how many is said with each rule), on the paper's CIFAR-10 network (batch 100), the "
         "MNIST network of the L-algorithms' paper (batch 100) and a small network for scikit-learn's digits (batch 24). "
         "*Published rule* is the released code's, to the letter: factors of 1.05, division by h |g|² + 1e-25, no bounds, "
         f"no regard for rounding, and a loss that is NaN raises h. *{DEFAULT}* is surefoot's class as it comes. A change too "
