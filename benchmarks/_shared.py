@@ -77,7 +77,11 @@ def run_missing(jobs: Sequence[Job], work: Callable[..., Record], ledger: Ledger
             job = running[finished]
             ledger.add(job, finished.result())
             passed = time.monotonic() - began
-            print(f"{passed:6.0f} s  {count}/{len(todo)}  {' '.join(map(str, job.values()))}", flush=True)
+            print(f"{passed:6.0f} s  {count}/{len(todo)}  {' '.join(_plain(job))}", flush=True)
+
+
+def _plain(job: Job) -> list[str]:
+    return [str(value) for value in job.values() if not isinstance(value, dict)]
 
 
 @cache

@@ -8,10 +8,11 @@ The first 800 batches on CIFAR-10 (the paper's network), MNIST and scikit-learn'
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,7 +44,7 @@ from surefoot.lab.report.words import listing, rate
 
 TASKS = {"cifar10": 100, "mnist": 100, "digits": 24}
 """Batch sizes: the paper's, and the digits' own."""
-RULES = {"published": "published rule", "surefoot": "surefoot.LossGrad"}
+PUBLISHED, DEFAULT = RULES = ("published rule", "LossGrad()")
 RATES = tuple(10.0**exponent for exponent in range(-8, 2))
 BATCHES = 800
 LAST = 50
@@ -52,6 +53,13 @@ LEARNT = 0.9
 """A run has learnt something if that mean is below this share of its first loss."""
 COLLAPSED = 0.1
 """One that has learnt nothing is called so if the step size of its second half is below this share of its start."""
+OUTCOMES = {
+    "learnt": "in every seed",
+    "mixed": "learnt in one seed, not in another",
+    "collapsed": "nothing was learnt, and the step size fell to less than a tenth of its start",
+    "stuck": "nothing was learnt, at a step size that did not fall so far",
+    "not finite": "the loss became NaN or infinite in at least one seed",
+}
 NEAR = 1.1
 """Rates within 10 % of the best mean loss, as the laboratory counts them."""
 
@@ -67,12 +75,28 @@ EARLIER: dict[float, tuple[float, float] | None] = {
 geometric mean of the step size over batches 400 to 800, and the training loss at the end; ``None``: nothing learnt."""
 
 
-def run(task: str, rule: str, initial_rate: float, seed: int, count: int, data: str | None) -> Record:
+def settings(rule: str) -> dict[str, Any]:
+    """All that decides a rule, for a run to be known by: the released code's factor, or every default of LossGrad."""
+    if rule == PUBLISHED:
+        return {"c": 1.05}
+    options = inspect.signature(surefoot.LossGrad).parameters.values()
+    return {o.name: o.default for o in options if o.kind is o.KEYWORD_ONLY and o.name != "initial_rate"}
+
+
+def run(
+    task: str,
+    rule: str,
+    settings: Mapping[str, Any],
+    initial_rate: float,
+    seed: int,
+    count: int,
+    data: str | None,
+) -> Record:
     """One run: the step size that each batch used, its loss before the step, and the validation at the end."""
     began = time.process_time()
     made = task_of(task, data)
     model = fresh_model(made, seed)
-    stepped = {"published": Published, "surefoot": Surefoot}[rule](model, initial_rate)
+    stepped = (Published if rule == PUBLISHED else Surefoot)(model, initial_rate, **settings)
     sizes, losses = [], []
     for inputs, targets in batches(made.train, TASKS[task], seed, count):
         sizes.append(stepped.step_size())
@@ -92,9 +116,9 @@ def run(task: str, rule: str, initial_rate: float, seed: int, count: int, data: 
 
 
 class Published:
-    """LOSSGRAD as its authors released it: c = 1.05, no bounds, and a rel that is no number raises h."""
+    """LOSSGRAD as its authors released it: no bounds, and a rel that is no number raises h."""
 
-    def __init__(self, model: nn.Module, initial_rate: float, c: float = 1.05) -> None:
+    def __init__(self, model: nn.Module, initial_rate: float, c: float) -> None:
         self.weights, self.h, self.c = list(model.parameters()), initial_rate, c
 
     def step_size(self) -> float:
@@ -120,10 +144,10 @@ class Published:
 
 
 class Surefoot:
-    """``surefoot.LossGrad`` as it comes."""
+    """``surefoot.LossGrad``."""
 
-    def __init__(self, model: nn.Module, initial_rate: float) -> None:
-        self.optimizer = surefoot.LossGrad(model.parameters(), initial_rate=initial_rate)
+    def __init__(self, model: nn.Module, initial_rate: float, **options: Any) -> None:
+        self.optimizer = surefoot.LossGrad(model.parameters(), initial_rate=initial_rate, **options)
 
     def step_size(self) -> float:
         """h of the next step."""
@@ -163,11 +187,12 @@ class Point:
 
     @property
     def outcome(self) -> str:
-        """In a word."""
+        """In a word; a key of ``OUTCOMES``."""
         if any(r["lost"] for r in self.runs):
             return "not finite"
-        if all(loss < LEARNT * r["loss"][0] for loss, r in zip(self.losses, self.runs, strict=True)):
-            return "learnt"
+        learnt = [loss < LEARNT * r["loss"][0] for loss, r in zip(self.losses, self.runs, strict=True)]
+        if any(learnt):
+            return "learnt" if all(learnt) else "mixed"
         return "collapsed" if max(self.settled) < COLLAPSED * self.rate else "stuck"
 
 
@@ -181,12 +206,13 @@ def points(ledger: Ledger, jobs: Sequence[dict[str, Any]], task: str, rule: str)
     return [Point(initial, tuple(runs)) for initial, runs in sorted(found.items())]
 
 
+LOSS_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10)
 Results = dict[tuple[str, str], list[Point]]
 
 
 def steps_figure(results: Results, tasks: Sequence[str]) -> go.Figure:
     """Step size over the batches, a panel for each task and rule."""
-    titles = [f"{task}: {label}" for task in tasks for label in RULES.values()]
+    titles = [f"{task}: {rule}" for task in tasks for rule in RULES]
     figure = make_subplots(
         len(tasks),
         len(RULES),
@@ -226,6 +252,8 @@ def steps_figure(results: Results, tasks: Sequence[str]) -> go.Figure:
                     )
         figure.update_yaxes(title_text="step size", row=row, col=1)
     figure.update_yaxes(**log_axis([10.0**exponent for exponent in range(-12, 4, 3)]), range=[-12.5, 3.5])
+    longest = max(len(r["step_size"]) for line in results.values() for p in line for r in p.runs)
+    figure.update_xaxes(range=[-0.01 * longest, longest])
     figure.update_xaxes(title_text="batch", row=len(tasks))
     figure.update_layout(
         legend={"title": {"text": "initial rate"}, "traceorder": "reversed"},
@@ -246,13 +274,19 @@ def loss_figure(results: Results, tasks: Sequence[str]) -> go.Figure:
         horizontal_spacing=0.08,
         vertical_spacing=0.07,
     )
-    looks = {"published": ("#d55e00", "circle", 0.97), "surefoot": ("#0072b2", "square-open", 1.03)}
+    looks = {
+        PUBLISHED: ("#d55e00", "circle", 0.96),
+        DEFAULT: ("#0072b2", "square-open", 1.04),
+    }
     for row, task in enumerate(tasks, 1):
         for column, values in enumerate(kinds.values(), 1):
             finite = [
                 v for rule in RULES for p in results[task, rule] for v in getattr(p, values) if v < math.inf
             ]
-            top = math.log10(min(max(finite), 10 * min(finite) + 10)) + 0.12
+            low, top = (
+                math.log10(min(finite)) - 0.1,
+                math.log10(min(max(finite), 10 * min(finite) + 10)) + 0.12,
+            )
             for rule, (colour, symbol, shift) in looks.items():
                 kept = [(p.rate, getattr(p, values)) for p in results[task, rule]]
                 whole = [(x * shift, v) for x, v in kept if max(v) < math.inf]
@@ -271,13 +305,13 @@ def loss_figure(results: Results, tasks: Sequence[str]) -> go.Figure:
                     mode="lines+markers",
                     line={"color": colour, "width": 2},
                     marker={"symbol": symbol, "size": 7},
-                    name=RULES[rule],
+                    name=rule,
                     legendgroup=rule,
                     showlegend=row == column == 1,
                 )
                 figure.add_scatter(
                     x=lost,
-                    y=[10 ** (top - 0.03)] * len(lost),
+                    y=[10 ** (top - 0.08 * (top - low))] * len(lost),
                     mode="markers",
                     row=row,
                     col=column,
@@ -285,10 +319,7 @@ def loss_figure(results: Results, tasks: Sequence[str]) -> go.Figure:
                     showlegend=False,
                     legendgroup=rule,
                 )
-            low = math.log10(min(finite)) - 0.1
-            figure.update_yaxes(
-                type="log", dtick="D2", tickformat="~g", range=[low, top], row=row, col=column
-            )
+            figure.update_yaxes(**log_axis(LOSS_TICKS), range=[low, top], row=row, col=column)
     figure.update_xaxes(**log_axis(RATES))
     figure.update_xaxes(title_text="initial rate", row=len(tasks))
     figure.update_layout(legend={"orientation": "h", "y": 1.08}, margin={"l": 50, "r": 10, "t": 70, "b": 45})
@@ -310,23 +341,19 @@ def told(line: Sequence[Point], label: str) -> str:
     learnt = by_outcome.pop("learnt", [])
     near, best = decades(line)
     settled = [size for p in learnt for size in p.settled]
-    text = f"- **{label}** learnt from {len(learnt)} of {len(line)} initial rates"
+    seeds = min(len(point.runs) for point in line)
+    text = f"- **{label}** ({seeds} seed{'s' * (seeds != 1)}) learnt from {len(learnt)} of {len(line)} initial rates"
     if learnt:
         text += (
-            f" ({spanned(p.rate for p in learnt)}); there the step size of the second half is {spanned(settled)} "
+            f" ({listing([rate(p.rate) for p in learnt])}); there the step size of the second half is {spanned(settled)} "
             f"(geometric mean of each run; starts apart by a factor of {short(learnt[-1].rate / learnt[0].rate)}, "
             f"results by {short(max(settled) / min(settled))}), and the training loss {spanned(x for p in learnt for x in p.losses)}. "
             f"Within 10 % of its best mean training loss ({short(best)}): {listing([rate(r) for r in near])}."
         )
     else:
         text += "."
-    meaning = {
-        "collapsed": "nothing was learnt, and the step size fell to less than a tenth of its start",
-        "stuck": "nothing was learnt, at a step size that did not fall so far",
-        "not finite": "the loss became NaN or infinite in at least one seed",
-    }
     for outcome, those in by_outcome.items():
-        text += f" {outcome.capitalize()} ({meaning[outcome]}): {listing([rate(p.rate) for p in those])}."
+        text += f" {outcome.capitalize()} ({OUTCOMES[outcome]}): {listing([rate(p.rate) for p in those])}."
     return text
 
 
@@ -337,7 +364,7 @@ def compared(line: Sequence[Point]) -> str:
     apart = [r for r in shared if (EARLIER[r] is not None) != (here[r].outcome == "learnt")]
     text = (
         "An earlier replication ran the authors' own class on this network (JPEG copies of CIFAR-10, one seed). Of the "
-        f"{len(shared)} initial rates in both, {len(shared) - len(apart)} end alike (learnt, or not)"
+        f"{len(shared)} initial rates in both, {len(shared) - len(apart)} end alike (learnt in every seed, or not)"
     )
     text += f"; apart: {listing([rate(r) for r in apart])}." if apart else "."
     both = [(r, found) for r in shared if (found := EARLIER[r]) is not None and r not in apart]
@@ -360,24 +387,23 @@ def cell(values: Sequence[float]) -> str:
 
 
 def table(results: Results, task: str) -> list[str]:
-    """One task, an initial rate a row, both rules side by side."""
-    lines = [
-        "| initial rate | "
-        + " | ".join(
-            f"{label}: step size, 2nd half | training loss | validation loss | outcome"
-            for label in RULES.values()
-        )
-        + " |",
-        "|---" * (1 + 4 * len(RULES)) + "|",
-    ]
-    for group in zip(*(results[task, rule] for rule in RULES), strict=True):
+    """One task, an initial rate a row, the rules that were run side by side."""
+    kept = [rule for rule in RULES if results[task, rule]]
+    heads = [f"{rule}: step size | training loss | validation loss" for rule in kept]
+    lines = [f"| initial rate | {' | '.join(heads)} |", "|---" * (1 + 3 * len(kept)) + "|"]
+    for group in zip(*(results[task, rule] for rule in kept), strict=True):
         cells = [
-            f"{short(statistics.geometric_mean(p.settled)) if p.settled else '–'} | {cell(p.losses)} | "
-            f"{cell(p.validation)} | {p.outcome}"
+            f"{short(statistics.geometric_mean(p.settled)) if p.settled else '–'} | "
+            f"{cell(p.losses)}{'' if p.outcome in ('learnt', 'not finite') else f' ({p.outcome})'} | {cell(p.validation)}"
             for p in group
         ]
         lines.append(f"| {rate(group[0].rate)} | {' | '.join(cells)} |")
     return lines
+
+
+def default(option: str) -> str:
+    """What ``surefoot.LossGrad`` takes for an option that is not given."""
+    return f"{inspect.signature(surefoot.LossGrad).parameters[option].default:g}"
 
 
 def page(results: Results, tasks: Sequence[str], seeds: int, count: int, stem: str) -> str:
@@ -391,12 +417,13 @@ def page(results: Results, tasks: Sequence[str], seeds: int, count: int, stem: s
         "",
         "The paper's figure shows the step size of the first 800 batches from several initial rates, and claims that it "
         "comes to one value whatever the start. Here every decade from 1e-8 to 10, "
-        f"{count} batches, {seeds} seeds (weights and order of the data), on the paper's CIFAR-10 network (batch 100), the "
+        f"{count} batches, up to {seeds} seeds (weights and order of the data; how many is said with each rule), on the paper's CIFAR-10 network (batch 100), the "
         "MNIST network of the L-algorithms' paper (batch 100) and a small network for scikit-learn's digits (batch 24). "
         "*Published rule* is the released code's, to the letter: factors of 1.05, division by h |g|² + 1e-25, no bounds, "
-        "no regard for rounding, and a loss that is NaN raises h. *surefoot.LossGrad* is the class as it comes: the same "
-        "factors, but a change too small for the loss's precision to show raises the step size, and a loss that is not "
-        "finite lowers it.",
+        f"no regard for rounding, and a loss that is NaN raises h. *{DEFAULT}* is surefoot's class as it comes. A change too "
+        "small for the loss's precision to show raises h there, and a loss that is not finite lowers it; the factor is "
+        f"{default('ramp')} to begin with, and its root takes its place whenever h turns upwards, down to {default('up')}; a "
+        "step that was too long is taken back meanwhile, and later what was too much of a step after which the loss is higher.",
         "",
         f"![Step size over the batches]({stem}_steps.svg)",
         "",
@@ -408,11 +435,17 @@ def page(results: Results, tasks: Sequence[str], seeds: int, count: int, stem: s
         "",
     ]
     for task in tasks:
-        lines += [f"## {task}", "", *(told(results[task, rule], label) for rule, label in RULES.items()), ""]
+        lines += [
+            f"## {task}",
+            "",
+            *(told(results[task, rule], rule) for rule in RULES if results[task, rule]),
+            "",
+        ]
         if task == "cifar10" and count == BATCHES:
-            lines += [compared(results[task, "published"]), ""]
+            lines += [compared(results[task, PUBLISHED]), ""]
         lines += [*table(results, task), ""]
     lines += [
+        "*Step size*: geometric mean over the second half of the batches. "
         f"*Training loss*: mean over the last {LAST} batches, each before its step. *Learnt*: that is below "
         f"{LEARNT:.0%} of the first batch's loss, in every seed.",
         "",
@@ -429,11 +462,12 @@ def main() -> None:
     arguments.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     arguments.add_argument("--batches", type=int, default=BATCHES)
     given = arguments.parse_args()
-    jobs = [
+    jobs = [  # the short ones first
         {
-            "task": task, "rule": rule, "initial_rate": initial, "seed": seed, "count": given.batches
+            "task": task, "rule": rule, "settings": settings(rule), "initial_rate": initial, "seed": seed,
+            "count": given.batches,
         }
-        for task in given.tasks for seed in range(given.seeds) for initial in RATES for rule in RULES
+        for task in reversed(given.tasks) for seed in range(given.seeds) for initial in RATES for rule in RULES
     ]  # fmt: skip
     ledger = Ledger(given.out / "runs.jsonl")
     run_missing(jobs, partial(run, data=given.data), ledger, given.workers)

@@ -41,13 +41,12 @@ LOSSGRAD = {
         "threshold=0.5,down=1.05",
         "threshold=0.4,down=1.1",
         "threshold=0.3,down=1.15",
-        "probe=raw,threshold=0.95,down=1.15,retract=false",
+        "probe=raw,threshold=0.95,down=1.15",
     ),
     "momentum": (
         PUBLISHED,
         "threshold=0.4,down=1.1",
-        "threshold=0.3,down=1.15",
-        "probe=raw,threshold=0.5,down=1.05,retract=false",
+        "probe=raw,threshold=0.5,down=1.05",
     ),
 }
 
@@ -108,6 +107,12 @@ def page(losses: Losses, seeds: int) -> str:
         f"Adam at the best of {len(TUNED['adam'])} rates for the same task and batch size. Geometric means over "
         f"{len(TASKS)} tasks ({', '.join(TASKS)}); LOSSGRAD from initial rates {', '.join(f'{s:g}' for s in STARTS)}. "
         f"*Failed*: runs beyond {FAILED:g} times tuned Adam, in percent, with those that diverged.",
+        "",
+        "**Not held out.** The defaults (0.4 / 1.1) and the ramp were chosen while looking at digits, "
+        "fashion-12k and imdb-12k, seed 0, over some ten settings of threshold and down and three "
+        "designs of the ramp, and this table was made anew for each; only mnist-12k-norm had no part in "
+        "the choice of threshold and down. So these numbers flatter them. Tuned Adam is flattered "
+        "likewise: the best of its rates on the validation data.",
         "",
         "| | " + " | ".join(f"batch {b}: start 1e-4 | all starts | failed %" for b in BATCHES) + " |",
         "| --- | " + " | ".join(["---"] * 3 * len(BATCHES)) + " |",

@@ -38,6 +38,7 @@ NETWORKS: Mapping[
     "MNIST, 21,840 weights": (paper_cnn, (1, 28, 28), nn.functional.nll_loss),
     "CIFAR-10, 189,230 weights": (lossgrad_cnn, (3, 32, 32), nn.functional.cross_entropy),
 }
+FORWARD = "a forward pass alone"
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 SMALL = 1e-4
 """A rate for those that keep theirs: that of LossGrad at its start."""
@@ -88,6 +89,15 @@ def steps(
             optimizer.step()
 
 
+@torch.no_grad()
+def forwards(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], batch: tuple[Tensor, Tensor], number: int
+) -> None:
+    """So many forward passes, as a probe makes them."""
+    for _ in range(number):
+        loss(model(batch[0]), batch[1])
+
+
 def in_turn(
     makers: Mapping[str, Make],
     network: Callable[[], nn.Module],
@@ -96,13 +106,14 @@ def in_turn(
     repeats: int,
     at_least: float,
 ) -> dict[str, list[float]]:
-    """Seconds of one training step with each optimizer, in each repeat."""
-    works: dict[str, Callable[[], None]] = {}
+    """Seconds of one training step with each optimizer, and of a forward pass, in each repeat."""
+    works: dict[str, Callable[[], None]] = {FORWARD: partial(forwards, network(), loss, batch, STEPS)}
     for name, make in makers.items():
         torch.manual_seed(0)
         model = network()
         works[name] = partial(steps, model, make(list(model.parameters())), loss, batch, STEPS)
-        works[name]()
+    for work in works.values():
+        work()
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
@@ -135,7 +146,7 @@ def regression(repeats: int, at_least: float) -> Table:
         name: in_turn(REGRESSORS, lambda: nn.Linear(10, 1), nn.functional.mse_loss, batch, repeats, at_least)
         for name, batch in batches.items()
     }
-    for rule in REGRESSORS:
+    for rule in (FORWARD, *REGRESSORS):
         cells: list[str] = []
         for own in times.values():
             cells += [

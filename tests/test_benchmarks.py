@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import hyperreg_rates as hyperreg
 import insensitivity
-from _shared import Ledger, batches, run_missing
+from _shared import Ledger, batches, fresh_model, run_missing, task_of
 
 JOB = {"task": "digits", "rate": 0.1}
 
@@ -61,31 +61,59 @@ class TestPublished:
     def test_one_step(self, h, rises):
         model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
         nn.init.constant_(model.weight, 3.0)
-        rule = insensitivity.Published(model, h)
+        rule = insensitivity.Published(model, h, c=1.05)
         assert rule.step(lambda: model.weight.square().sum()) == 9.0  # a = 2
         assert rule.step_size() == pytest.approx(h * 1.05 if rises else h / 1.05)
         assert model.weight.item() == pytest.approx(3 - h * 6)
 
     def test_a_loss_that_is_no_number_raises_the_step_size(self):
         model = nn.Linear(1, 1)
-        rule = insensitivity.Published(model, 0.1)
+        rule = insensitivity.Published(model, 0.1, c=1.05)
         rule.step(lambda: model.weight.sum() * math.nan)
         assert rule.step_size() == pytest.approx(0.105)
 
     def test_a_change_too_small_to_show_lowers_it(self):
         model = nn.Linear(1, 1, bias=False)
-        rule = insensitivity.Published(model, 1e-12)
+        rule = insensitivity.Published(model, 1e-12, c=1.05)
         rule.step(lambda: 1 + model.weight.square().sum())
         assert rule.step_size() == pytest.approx(1e-12 / 1.05)
 
-    def test_and_surefoots_own_decide_alike_where_nothing_is_extreme(self):
-        runs = [
-            insensitivity.run("digits", rule, 1e-2, seed=0, count=40, data=None)
-            for rule in insensitivity.RULES
-        ]
-        assert runs[0]["step_size"] == pytest.approx(runs[1]["step_size"], rel=1e-3)
-        assert runs[0]["loss"] == pytest.approx(runs[1]["loss"], rel=1e-4)
-        assert runs[0]["validation_loss"] == pytest.approx(runs[1]["validation_loss"], rel=1e-3)
+    def test_is_what_surefoot_says_it_is_where_nothing_is_extreme(self):
+        task = task_of("digits", None)
+        model, own = fresh_model(task, 0), fresh_model(task, 0)
+        published = insensitivity.Published(model, 1e-2, c=1.05)
+        surefoot = insensitivity.Surefoot(own, 1e-2, ramp=1, retract=False)
+        for inputs, targets in batches(task.train, 24, seed=0, number=40):
+            before = published.step_size(), published.step(lambda x=inputs, y=targets: task.loss(model(x), y))
+            found = surefoot.step_size(), surefoot.step(lambda x=inputs, y=targets: task.loss(own(x), y))
+            assert found == pytest.approx(before, rel=1e-3)
+
+
+def digits_run(rule, initial_rate, count=40):
+    return insensitivity.run("digits", rule, insensitivity.settings(rule), initial_rate, 0, count, data=None)
+
+
+@pytest.mark.parametrize("rule", insensitivity.RULES)
+def test_a_run_tells_every_batch_and_how_it_ended(rule):
+    found = digits_run(rule, 0.1)
+    assert len(found["step_size"]) == len(found["loss"]) == 40
+    assert found["step_size"][0] == 0.1
+    assert len(set(found["loss"])) == 40
+    assert 0 < found["validation_accuracy"] < 1
+    assert not found["lost"]
+
+
+def test_a_run_that_explodes_ends_there():
+    found = digits_run(insensitivity.PUBLISHED, 1e30)
+    assert found["lost"]
+    assert len(found["loss"]) < 40
+
+
+def test_a_run_is_known_by_every_option_of_its_rule():
+    given = insensitivity.settings(insensitivity.DEFAULT)
+    assert given["up"] == 1.05
+    assert {"down", "threshold", "ramp", "retract", "lower_bound"} <= given.keys()
+    assert "initial_rate" not in given  # it is a key of its own
 
 
 def made_run(first, last, sizes, lost=False):
@@ -110,7 +138,8 @@ class TestInsensitivityPage:
         ("runs", "outcome"),
         [
             ((LEARNT, LEARNT), "learnt"),
-            ((LEARNT, STUCK), "stuck"),
+            ((LEARNT, STUCK), "mixed"),
+            ((STUCK, STUCK), "stuck"),
             ((COLLAPSED, COLLAPSED), "collapsed"),
             ((LEARNT, LOST), "not finite"),
         ],
@@ -121,7 +150,10 @@ class TestInsensitivityPage:
     def test_says_what_the_numbers_say(self):
         rates = insensitivity.RATES
         published = [COLLAPSED, COLLAPSED, *[LEARNT] * 6, STUCK, LOST]
-        lines = {"published": published, "surefoot": [LEARNT] * 10}
+        lines = {
+            insensitivity.PUBLISHED: published,
+            insensitivity.DEFAULT: [LEARNT] * 9 + [STUCK],
+        }
         results = {
             ("cifar10", rule): [
                 insensitivity.Point(r, (run, run)) for r, run in zip(rates, runs, strict=True)
@@ -129,13 +161,16 @@ class TestInsensitivityPage:
             for rule, runs in lines.items()
         }
         text = insensitivity.page(results, ["cifar10"], seeds=2, count=800, stem="x")
-        assert "**published rule** learnt from 6 of 10 initial rates (1e-6 to 0.1)" in text
+        assert (
+            "**published rule** (2 seeds) learnt from 6 of 10 initial rates (1e-6, 1e-5, 1e-4, 1e-3, 0.01 and 0.1)"
+            in text
+        )
         assert "a tenth of its start): 1e-8 and 1e-7." in text
         assert "at least one seed): 10." in text
-        assert "**surefoot.LossGrad** learnt from 10 of 10 initial rates (1e-8 to 10)" in text
-        assert "Of the 6 initial rates in both, 6 end alike (learnt, or not)." in text
+        assert "**LossGrad()** (2 seeds) learnt from 9 of 10 initial rates (1e-8, " in text
+        assert "Of the 6 initial rates in both, 6 end alike (learnt in every seed, or not)." in text
         assert "1.14 to 1.72 times" in text  # 0.1 / 0.088 and 0.1 / 0.058
-        assert "| 10 | – | not finite | not finite | not finite | 0.1 | 1.000 ± 0 |" in text
+        assert "| 10 | – | not finite | not finite | 5 | 2.310 ± 0 (stuck) | 2.310 ± 0 |" in text
         figures = (
             insensitivity.steps_figure(results, ["cifar10"]),
             insensitivity.loss_figure(results, ["cifar10"]),
@@ -161,10 +196,10 @@ class TestHyperregPage:
         }
         assert len(results) == 14
         text = hyperreg.page(results, 10_000, 40, 1, "x")
-        assert "0 at 1e-4" in text
-        assert "0.02 at 1 (H2). Within 1 %: 1e-4, 1e-3, 0.01, 0.1" in text
+        assert "0 % at 1e-4" in text
+        assert "2 % at 1 (H2). Within 1 %: 1e-4, 1e-3, 0.01, 0.1" in text
         assert "GD 1 at 1; the 12 rules 1 to 1.02 at 1" in text
-        assert "ends GD at 10, 100, 1e3 and 1e4" in text
+        assert "above that with GD at 10, 100, 1e3 and 1e4" in text
         assert "final loss 0.5 from rates of 1 and more" in text
         assert "above its first loss nowhere" in text
         assert text.count("not finite |") == 2

@@ -218,10 +218,6 @@ class TestResolve:
             ("sgd[zzz=3]", "there are weight_decay, decoupled_weight_decay, schedule"),
             ("adam[schedule=cosin]", r"^adam\[schedule\] is one of none, linear, cosine, .*, not cosin\.$"),
             ("adam[schedule=3]", r"^adam\[schedule\] takes a word, such as none, not 3\.$"),
-            (
-                "lossgrad[horizon=2.5]",
-                r"^lossgrad\[horizon\] takes none or a whole number, such as none, not 2.5\.$",
-            ),
             ("srprop[window=2.5]", r"srprop\[window\] takes a whole number, such as 50, not 2.5"),
             ("srprop[window=inf]", "takes a whole number"),
             ("srprop[window=true]", "takes a whole number, such as 50, not true"),
@@ -293,6 +289,4 @@ class TestSchedule:
 
 def test_none_can_be_a_word():
     assert settings_of("srprop[undo=none]")["undo"] == "none"
-    assert settings_of("lossgrad[horizon=none]")["horizon"] is None
-    horizon = settings_of("lossgrad[horizon=6e2]")["horizon"]
-    assert (horizon, type(horizon)) == (600, int)
+    assert settings_of("lossgrad[average=none]")["average"] == "none"

@@ -188,9 +188,46 @@ RECORDS = [
     Record(
         "lossgrad",
         lambda p, lr=1.0, **o: LossGrad(
-            p, lr, **{"initial_rate": 0.05, "down": 1.5, "weight_decay": 0.01, **o}
+            p,
+            lr,
+            **{
+                "initial_rate": 0.05,
+                "down": 1.5,
+                "weight_decay": 0.01,
+                "ramp": 1.0,
+                "retract": False,
+                **o,
+            },
         ),
         {"initial_rate": (0.05, 1e-3, 0.2), "down": (1.05, 1.2, 1.5)},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "lossgrad-safe",
+        lambda p, lr=1.0, **o: LossGrad(
+            p,
+            lr,
+            **{
+                "ramp": 1.0,
+                "lower_bound": 0.0,
+                "max_norm": 1.0,
+                "horizon": 40,
+                "average": "mean",
+                "initial_rate": 0.12,
+                **o,
+            },
+        ),
+        {"ramp": (10.0, 2.0, 1.0), "lower_bound": (0.0, -0.5, 0.1), "max_norm": (1.0, 0.5, 5.0)},
+        skips=ONE_RATE,
+    ),
+    Record(
+        "lossgrad-next",
+        lambda p, lr=1.0, **o: LossGrad(
+            p,
+            lr,
+            **{"probe": "next", "direction": "momentum", "initial_rate": 1e-2, "up": 1.04, "ramp": 1.0, **o},
+        ),
+        {"threshold": (0.5, 0.3, 0.9), "initial_rate": RATES},
         skips=ONE_RATE,
     ),
     Record(
@@ -198,14 +235,26 @@ RECORDS = [
         lambda p, lr=1.0, **o: LossGrad(
             p,
             lr,
-            **{"direction": "adam", "probe": "raw", "initial_rate": 1e-3, "probe_every": 3, "up": 1.1, **o},
+            **{
+                "direction": "adam",
+                "probe": "raw",
+                "initial_rate": 1e-3,
+                "probe_every": 3,
+                "up": 1.1,
+                "ramp": 1.0,
+                **o,
+            },
         ),
         {"threshold": (0.5, 0.3, 0.9), "weight_decay": (0.0, 0.01, 0.1)},
         skips=ONE_RATE,
     ),
     Record(
         "lossgrad-nesterov",
-        lambda p, lr=1.0, **o: LossGrad(p, lr, **{"direction": "nesterov", "initial_rate": 1e-2, **o}),
+        lambda p, lr=1.0, **o: LossGrad(
+            p,
+            lr,
+            **{"direction": "nesterov", "initial_rate": 1e-2, "ramp": 1.0, "retract": False, **o},
+        ),
         {"up": (1.05, 1.2, 1.5)},
         skips=ONE_RATE,
     ),

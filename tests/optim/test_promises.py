@@ -242,7 +242,7 @@ def test_every_scheduler_of_this_torch_has_a_case():
 @promise
 def test_scheduler(record: Record, name: str):
     """What a scheduler writes into the groups is what is used: the same values set by hand give the same run."""
-    moved = ("lr", "initial_lr", "momentum", "betas")
+    moved = ("lr", "initial_lr", "max_lr", "momentum", "betas")
     problem = Problem()
     optimizer = record.make(problem.params)
     scheduler = {**RELATIVE, **ABSOLUTE}[name](optimizer)

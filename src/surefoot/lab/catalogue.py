@@ -33,7 +33,6 @@ from surefoot.optim import (
     WNGrad,
 )
 from surefoot.optim.directions import SGD, Adam, Direction, Momentum, Nesterov
-from surefoot.optim.named import lossgrad_factors
 from surefoot.optim.parts import Number
 from surefoot.optim.rules import Constant, Hypergradient, Rule, Window
 
@@ -127,12 +126,10 @@ def _per_model(hints: Mapping[str, Any], names: Iterable[str]) -> dict[str, bool
 
 
 def _lossgrad(direction: str) -> Entry:
-    """LossGrad with what it decides by the direction written out, and without its horizon, which ``schedule`` has."""
+    """LossGrad with ``retract`` written out, and without its horizon, which ``schedule`` has."""
     entry = _named(LossGrad, direction=direction)
-    down, threshold = lossgrad_factors(direction)
-    own = {"down": down, "threshold": threshold, "retract": True}
-    settings = {name: own.get(name, value) for name, value in entry.settings.items() if name != "horizon"}
-    return replace(entry, settings=settings)
+    settings = {name: value for name, value in entry.settings.items() if name != "horizon"}
+    return replace(entry, settings={**settings, "retract": True})
 
 
 _DIVERGENCES = {"kl": "kl", "rkl": "rkl", "h": "hellinger", "x": "chi2", "n": "neyman"}
@@ -340,8 +337,7 @@ def _scalar(value: Value, default: Scalar, setting: str) -> Scalar:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and type(default) is float:
         return float(cast(float, value))
-    if number and (default is None or type(default) is int) and float(cast(float, value)).is_integer():
+    if number and type(default) is int and float(cast(float, value)).is_integer():
         return int(cast(float, value))
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
-    kind = kinds.get(type(default), "none or a whole number")  # a horizon, for one
+    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[type(default)]
     raise UserError(f"{setting} takes {kind}, such as {written(default)}, not {written(value)}.")

@@ -283,8 +283,7 @@ class SelfTuning(Optimizer):
             return None
         grads = [cast(Tensor, p.grad) for p in params]
         norm = self.space.dot(grads, grads).sqrt()
-        limit = torch.as_tensor(largest, dtype=norm.dtype, device=norm.device)
-        return (limit / (norm + 1e-6)).clamp(max=1.0)
+        return (torch.as_tensor(largest, dtype=norm.dtype, device=norm.device) / (norm + 1e-6)).clamp(max=1.0)
 
     def _elsewhere(self, slots: Sequence[Slot], probe: Callable[[], Tensor]) -> Tensor | None:
         """The loss where the rule wants to look, the weights being put back; ``None`` where the step goes there itself."""

@@ -288,7 +288,7 @@ class HyperReg(SelfTuning):
         lr: multiplies every rate; beta does not see it.
         divergence: "kl", "rkl", "hellinger", "chi2" or "neyman".
         algorithm: 1 exact; 2 approximate; 3 approximate, and a step behind.
-        initial_rate: :math:`1 / \beta` at the start.
+        initial_rate: :math:`1 / \beta` at the start. High, since only the rates that are too high are mended.
         scope: a rate for each "weight", for each "tensor", or one, "global".
         growth: largest :math:`\beta_{t+1} / \beta_t`; ``None`` for no limit (algorithm 1, and "chi2").
         radius: the displacement that counts as large: 1 in the paper.
@@ -306,7 +306,7 @@ class HyperReg(SelfTuning):
         *,
         divergence: str = "rkl",
         algorithm: int = 1,
-        initial_rate: Number = 1e-2,
+        initial_rate: Number = 1.0,
         scope: str = "weight",
         growth: Number | None = 2.0,
         radius: Number = 1.0,
@@ -393,12 +393,6 @@ class WNGrad(SelfTuning):
         )
 
 
-def lossgrad_factors(direction: str) -> tuple[float, float]:
-    """LossGrad's ``down`` and ``threshold`` for a direction: as published for the gradient itself, and shorter steps where
-    the direction remembers earlier batches (docs/results/lossgrad_defaults.md)."""
-    return (1.05, 0.5) if direction == "sgd" else (1.1, 0.4)
-
-
 class LossGrad(SelfTuning):
     r"""LOSSGRAD (Wojcik, Maziarka & Tabor 2018): one step size, judged by the loss. any direction x lossgrad.
 
@@ -416,7 +410,7 @@ class LossGrad(SelfTuning):
 
     The probe sees the same dropout masks and leaves BatchNorm's buffers, gradients and random streams as they are.
 
-    The published rule is ``LossGrad(params, ramp=1, retract=False)``. It fails from initial rates that are far off; with
+    The published rule is ``LossGrad(params, down=1.05, threshold=0.5, ramp=1, retract=False)``. It fails from initial rates that are far off; with
     ``ramp`` and ``retract`` those from 1e-8 to 1e8 end much alike.
 
     Args:
@@ -424,18 +418,18 @@ class LossGrad(SelfTuning):
         lr: multiplies the step. A schedule shortens the step that is taken, not the one that is probed.
         direction: "sgd" as published, "momentum", "nesterov", "adam" or "sign".
         initial_rate: h at the start.
-        up, down: the factors. ``down=None``: 1.05 with "sgd", as published, 1.1 with the other directions.
-        threshold: :math:`\tau` in (0, 1]; the step aims at :math:`2 \tau` times the best one along the line. ``None``: 0.5
-            with "sgd", as published, 0.4 with the other directions.
-        ramp: the least factor until h has gone both up and down.
+        up, down: the factors; 1.05 both in the paper.
+        threshold: :math:`\tau` in (0, 1]; the step aims at :math:`2 \tau` times the best one along the line; 0.5 in
+            the paper.
+        ramp: the factor to begin with; its root takes its place whenever h turns upwards, down to ``up`` and ``down``.
         probe_every: k, a probe at every k-th step, with the factors to the k-th power.
         step_sizes: smallest and largest h.
         probe: "step" looks along the step itself, "raw" along the direction without its momentum; "next" takes the next
             step's loss, for training on the full batch: then no ``evaluate`` is needed.
         lower_bound: of the loss, 0 for cross-entropy and squares: no step is longer than the parabola that just touches it
             allows, 2 (f0 - lower_bound) / <g, u>.
-        retract: take back what was too much of a step after which the loss is higher, and until h has gone both up and
-            down all of a step that was too long; costs a copy of the weights. ``None``: where ``probe`` is "step".
+        retract: take back what was too much of a step after which the loss is higher, and during the ramp all of a step
+            that was too long; costs a copy of the weights. ``None``: unless ``probe`` is "next".
         horizon: that many steps, over which the step fades linearly to 0; the probe stays at h.
         max_norm: clips the norm of all gradients first; h is judged by the real slope.
         average: "none", "mean" (of all iterates) or "exponential": what :meth:`averaged` evaluates.
@@ -450,8 +444,8 @@ class LossGrad(SelfTuning):
         direction: str = "sgd",
         initial_rate: Number = 1e-4,
         up: Number = 1.05,
-        down: Number | None = None,
-        threshold: Number | None = None,
+        down: Number = 1.1,
+        threshold: Number = 0.4,
         ramp: Number = 10.0,
         probe_every: int = 1,
         step_sizes: tuple[float, float] = (1e-12, 1e6),
@@ -472,16 +466,14 @@ class LossGrad(SelfTuning):
             LossGradRule(
                 initial_rate,
                 up,
-                *(
-                    own if given is None else given
-                    for own, given in zip(lossgrad_factors(direction), (down, threshold), strict=True)
-                ),
+                down,
+                threshold,
                 ramp,
                 probe_every,
                 step_sizes,
                 probe,
                 lower_bound,
-                probe == "step" if retract is None else retract,
+                probe != "next" if retract is None else retract,
                 horizon,
             ),
             lr,

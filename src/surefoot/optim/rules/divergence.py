@@ -178,7 +178,7 @@ class Divergence(Rule):
 
     divergence: str = "rkl"
     algorithm: int = 1
-    initial_rate: Number = 1e-2
+    initial_rate: Number = 1.0
     scope: str = "weight"
     growth: Number | None = 2.0
     radius: Number = 1.0

@@ -26,12 +26,12 @@ def rises(f0: Tensor, f1: Tensor, h: Tensor, slope: Tensor, threshold: Number, f
     f0 and f1 are the batch's loss before and after the step h u, and ``slope`` = <g, u> is what a linear loss would fall
     by for each unit of h. The step goes down iff f1 > f0 - (1 - threshold) h slope: without a division, so an uphill
     direction (slope < 0) goes down, and so does a loss that is no number. On a parabola with its minimum at h* the step
-    then hovers about 2 threshold h*: 0.5 aims at the minimum, 1 at the edge of stability. Where the predicted change is
-    below ``floor``, too small for the loss's precision to show, the step goes up.
+    then hovers about 2 threshold h*: 0.5 aims at the minimum, 1 at the edge of stability. Where the predicted change and the
+    rise are below ``floor``, too small for the loss's precision to show, the step goes up.
     """
     predicted = h * slope
     enough = f1 <= f0 - (1 - threshold) * predicted
-    hidden = (predicted.abs() < floor) & torch.isfinite(f1 - f0)
+    hidden = (predicted.abs() < floor) & (f1 - f0 < floor)
     return enough | hidden
 
 
@@ -62,8 +62,8 @@ class LossGrad(Rule):
 
     ``initial_rate``: h at the start, above 0. ``up`` and ``down``: at least 1; equal ones make h the median over the
     batches of the best step, a larger ``down`` a lower quantile, log up / (log up + log down). ``threshold`` in (0, 1].
-    ``ramp``: at least 1; until h has gone both up and down, its factors are at least this, so that an initial rate that is
-    far off does not take hundreds of steps to leave. ``probe_every`` = k: a probe at every k-th step, with factors up^k and down^k. ``step_sizes``: smallest and largest
+    ``ramp``: at least 1, a larger factor to begin with, so that an initial rate that is far off does not take hundreds of
+    steps to leave: whenever h turns upwards its root takes its place, until ``up`` and ``down`` are larger. ``probe_every`` = k: a probe at every k-th step, with factors up^k and down^k. ``step_sizes``: smallest and largest
     h.
 
     ``probe``: "step" looks along the step that is taken; "raw" along the direction without its momentum (g, or Adam's
@@ -72,8 +72,8 @@ class LossGrad(Rule):
 
     Against spikes: ``lower_bound``, one of the loss (0 for cross-entropy and squares), keeps each step below
     :func:`polyak_cap`, which h itself does not see. ``retract`` takes back what was too much of a step after which the
-    loss is higher, or no number: up to the parabola's minimum, or all of it; and until h has gone both up and down, all
-    of a step that lowers h, so that an initial rate that is too high does no harm. It costs a copy of the weights.
+    loss is higher, or no number: up to the parabola's minimum, or all of it; and during the ramp all of a step that
+    lowers h, so that an initial rate that is too high does no harm. It costs a copy of the weights.
 
     ``horizon`` = T: the steps that are taken fade linearly, from h to h / T at step T and then to 0; the probe stays at h.
     ``None``: no fading.
@@ -111,7 +111,7 @@ class LossGrad(Rule):
         require_limits("step_sizes", self.step_sizes)
         require("lower_bound", self.lower_bound, "below infinity", lambda v: v < math.inf)
         if self.retract:
-            require("probe", self.probe, "'step' to retract steps by it", lambda v: v == "step")
+            require("probe", self.probe, "'step' or 'raw' to retract steps by it", lambda v: v != "next")
         if self.horizon is not None:
             require_whole("horizon", self.horizon, 1, "steps, or None")
 
@@ -126,9 +126,10 @@ class LossGrad(Rule):
             )
 
     def declare_shared(self, options: Mapping[str, Any]) -> tuple[State, ...]:
-        names = ["steps", "rose", "fell", "used", "taken", "slope", "decay_slope", "decay_bend"]
+        names = ["steps", "last", "used", "taken", "slope", "decay_slope", "decay_bend"]
         names += ["before", "share"] * (options["probe"] == "next") + ["limit"] * bool(options["retract"])
-        return (State("step_size", options["initial_rate"]), *(State(name) for name in names))
+        starts = State("step_size", options["initial_rate"]), State("factor", options["ramp"])
+        return (*starts, *(State(name) for name in names))
 
     def measure(
         self,
@@ -209,20 +210,25 @@ class LossGrad(Rule):
         floor = 8 * torch.finfo(slots[0].parameter.dtype).eps * before.abs()
         after = after - looked * shared["decay_slope"] + looked * looked * shared["decay_bend"]
         risen = rises(before, after, looked, slope, options["threshold"] * share, floor)
+        # The ramp: its factor is halved, in decades, at each turn upwards, and a fall goes back to where the last rise began.
+        turns = risen & (shared["last"] < 0)
+        factor = torch.where(turns, shared["factor"].sqrt(), shared["factor"])
+        up, down = options["up"] ** every, options["down"] ** every
+        searching = (factor > up) & (factor > down)
+        least = parabola_minimum(before, after, looked, slope)
         if options["retract"]:
-            least = parabola_minimum(before, after, looked, slope).nan_to_num(nan=0.0).clamp(min=0)
-            least = torch.where(after <= before, math.inf, least)
-            found = (shared["rose"] > 0) & (shared["fell"] > 0)
-            shared["limit"].copy_(torch.where(found | risen, least, 0.0))
-        turned = torch.where(risen, shared["fell"], shared["rose"]) > 0
+            worse = torch.where(after <= before, math.inf, least.nan_to_num(nan=0.0).clamp(min=0))
+            shared["limit"].copy_(torch.where(searching & ~risen, 0.0, worse))
         counts = shared["steps"] > 0
-        shared["rose"].copy_((shared["rose"] > 0) | (risen & counts))
-        shared["fell"].copy_((shared["fell"] > 0) | (~risen & counts))
-        up, down, ramp = options["up"] ** every, options["down"] ** every, options["ramp"]
-        longer = torch.where(turned, h * up, h * larger(up, ramp))
+        shared["factor"].copy_(torch.where(counts, factor, shared["factor"]))
+        shared["last"].copy_(torch.where(counts, torch.where(risen, 1.0, -1.0), 0.0))
+        # In its strides too, no further than to where the rule would settle on the parabola that was seen.
+        seen = (least > 0) & (looked * slope > floor)
+        settled = torch.where(seen, 2 * options["threshold"] * least, math.inf)
+        longer = torch.where(searching, (h * factor).minimum(settled.maximum(h * up)), h * up)
         # A capped step has told nothing of a longer one.
         longer = torch.where(shared["used"] < h, h, longer)
-        shorter = torch.where(turned, h / down, h / larger(down, ramp))
+        shorter = torch.where(searching, h / factor, h / down)
         return torch.where(risen, longer, shorter).clamp(*options["step_sizes"])
 
     def retracts(self, options: Mapping[str, Any]) -> bool:
@@ -237,13 +243,6 @@ class LossGrad(Rule):
         if "step_size" not in state:
             return options["initial_rate"]
         return state["step_size"] * faded(state["steps"], options["horizon"])
-
-
-def larger(a: Number, b: Number) -> Number:
-    """The larger of two numbers, one for each model if either is."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
-    return max(a, b)
 
 
 def faded(steps: Tensor, horizon: int | None) -> Number:
