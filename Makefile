@@ -6,6 +6,7 @@
 #   make table1    the MNIST table of the L-algorithms' paper (DATA=folder; half an hour on 2 cores)
 #   make insensitivity   LOSSGRAD from initial rates 1e-8 to 10 (DATA=folder; 25 minutes on 2 cores; its plots need Chromium)
 #   make lossgrad-defaults   LOSSGRAD with momentum and Adam (DATA=folder; 25 minutes on 2 cores)
+#   make lossgrad-threshold  its settings along the plain gradient (DATA=folder; 10 minutes on 2 cores)
 #   make hyperreg        hyper-regularization from 1e-4 to 1e4 (DATA=folder; 20 minutes on 2 cores; its plot needs Chromium)
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUT ?= surefoot-out
 
-.PHONY: compare test gate bench table1 insensitivity hyperreg clean lossgrad-defaults
+.PHONY: compare test gate bench table1 insensitivity hyperreg clean lossgrad-defaults lossgrad-threshold
 
 compare: $(INSTALLED)
 	$(BIN)/surefoot compare digits --out $(OUT)
@@ -40,6 +41,9 @@ insensitivity: $(INSTALLED)
 
 lossgrad-defaults: $(INSTALLED)
 	$(BIN)/python benchmarks/lossgrad_defaults.py --out $(OUT)/lossgrad_defaults $(if $(DATA),--data $(DATA))
+
+lossgrad-threshold: $(INSTALLED)
+	$(BIN)/python benchmarks/lossgrad_threshold.py --out $(OUT)/lossgrad_threshold $(if $(DATA),--data $(DATA))
 
 hyperreg: $(INSTALLED)
 	$(BIN)/python benchmarks/hyperreg_rates.py --out $(OUT)/hyperreg $(if $(DATA),--data $(DATA))

@@ -24,7 +24,6 @@ from surefoot.lab.report import words
 from surefoot.lab.runs import NUMERICS
 from surefoot.lab.streams import seed_everything, stream_seed
 from surefoot.lab.tasks import TASKS, Task, load
-from surefoot.lab.tasks.images import accuracy
 
 Job = Mapping[str, Any]
 """What decides one run's numbers, in plain values."""
@@ -112,15 +111,16 @@ def batches(
 
 @torch.no_grad()
 def evaluated(task: Task, model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Loss and accuracy over all of ``data``."""
+    """Loss and metric (the accuracy, of most tasks) over all of ``data``."""
     model.eval()
-    loss = correct = 0.0
+    loss = metric = 0.0
+    assert task.metric is not None
     for inputs, targets in zip(*(part.split(500) for part in data), strict=True):
         outputs = model(inputs)
         loss += float(task.loss(outputs, targets)) * len(inputs)
-        correct += float(accuracy(outputs, targets)) * len(inputs)
+        metric += float(task.metric(outputs, targets)) * len(inputs)
     model.train()
-    return loss / len(data[0]), correct / len(data[0])
+    return loss / len(data[0]), metric / len(data[0])
 
 
 def cpu_seconds(work: Callable[[], object], at_least: float) -> float:

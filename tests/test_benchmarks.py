@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import hyperreg_rates as hyperreg
 import insensitivity
+import lossgrad_threshold as threshold
 from _shared import Ledger, batches, fresh_model, run_missing, task_of
 
 JOB = {"task": "digits", "rate": 0.1}
@@ -222,3 +223,49 @@ class TestHyperregPage:
         assert fine["largest"] >= fine["first"]
         lost = hyperreg.run(hyperreg.GD, 1e38, seed=0, patterns=60, epochs=20, data=None)
         assert (lost["final"], lost["largest"]) == (math.inf, math.inf)
+
+
+class TestThreshold:
+    """The rule by which LOSSGRAD's default was chosen, on made runs."""
+
+    @staticmethod
+    def results(losses):
+        """Runs of every candidate on every task, alike but for the candidate's own losses (first loss 1)."""
+        return {
+            (task, candidate): [{"first": 1.0, "last": x, "validation": x} for x in losses[candidate]]
+            for task in threshold.SIZES
+            for candidate in threshold.CANDIDATES
+        }
+
+    def test_fewest_dead_first_then_the_lowest_loss(self):
+        fast, few_dead, slow, *others = threshold.CANDIDATES
+        losses = {
+            fast: [0.1] * 20 + [1.0] * 10,
+            few_dead: [0.2] * 29 + [math.inf],
+            slow: [0.3] * 30,
+            **dict.fromkeys(others, [0.1] * 10 + [1.0] * 20),
+        }
+        made = self.results(losses)
+        for runs in (
+            made.values()
+        ):  # an infinite loss has no geometric mean: a network that is lost counts as a dead one
+            runs[-1]["last"] = min(runs[-1]["last"], 1.0)
+        deaths, ratios, running = threshold.judged(made)
+        tasks = len(threshold.SIZES)
+        assert deaths[fast] == 10 * tasks
+        assert deaths[few_dead] == tasks
+        assert deaths[slow] == 0
+        assert threshold.told_apart(tasks, 0, 30 * tasks) > 0.05  # 5 of 150
+        assert running == [few_dead, slow]
+        assert ratios[few_dead] < ratios[slow]
+        assert f"**{threshold.named(*few_dead)}**" in threshold.page(made, seeds=5)
+
+    def test_a_network_that_has_learnt_is_not_dead_and_one_without_numbers_is(self):
+        assert not threshold.dead({"first": 2.0, "last": 1.0})
+        assert threshold.dead({"first": 2.0, "last": 2.0})
+        assert threshold.dead({"first": 2.0, "last": math.nan})
+
+    def test_a_run(self, monkeypatch):
+        monkeypatch.setattr(threshold, "BATCHES", 120)
+        record = threshold.run("cancer-deep", {"threshold": 0.4, "down": 1.1}, 1e-4, 0, None)
+        assert 0 < record["last"] < record["first"]
