@@ -90,7 +90,7 @@ def run(store: Store, data: Path | None, seeds: int, workers: int) -> Losses:
             known = store.load(owners)
             todo = [spec for key, (_, spec) in owners.items() if key not in known]
             print(f"{task}: {len(known)} of {len(owners)} runs are there", flush=True)
-            for result in here.run(todo):
+            for result in here.run([spec] for spec in todo):
                 store.save(result)
                 known[result.spec.key] = result
         for key, (family, spec) in owners.items():

@@ -1,50 +1,70 @@
-"""Training throughput from end to end, against the loop that people write today.
+"""Throughput of a whole sweep, against the loop that people write today.
 
-    python benchmarks/throughput.py [--repeats 5]
+    python benchmarks/throughput.py [--repeats 3] [--runs 64]
 
-The paper's MNIST network (21,840 parameters) on 6,000 made images of MNIST's shape, one epoch, Adam. The plain loop is
-a ``DataLoader`` over a ``TensorDataset`` with ``torch.optim.Adam`` (the fused one, its fastest), once with torch's
-default number of threads, as people run it, and once with one thread, as the laboratory's processes do. The laboratory
-is one of its runs (one thread, batches cut from whole tensors), and as many runs at once as there are cores, a process
-each, which is how it works; then samples are counted over all runs. Wall time, all in turn within each repeat; the
-figures are medians over the repeats, the ratios medians of the ratios within a repeat.
+Many runs of one optimizer (Adam, 16 rates from each seed) over made images of MNIST's shape, one epoch each. The plain
+loop is a ``DataLoader`` over a ``TensorDataset`` with ``torch.optim.Adam`` (the fused one, its fastest), one run after
+another, once with torch's default number of threads, as people run it, and once with one thread. The laboratory works with
+a process a core: each run by itself (``--engine separate``), and in the way that it finds fastest (``--engine auto``), once
+its timings are remembered. Wall time from the first specification to the last result, samples counted over all runs; all
+ways in turn within each repeat; medians over the repeats; the ratios are medians of those to the faster of the two plain
+loops within a repeat.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from _shared import parser
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from surefoot.lab import catalogue
-from surefoot.lab.executor import LocalProcesses
+from surefoot.lab.executor import Executor, LocalProcesses, usable_cores
 from surefoot.lab.plan import parse_optimizers, specs
 from surefoot.lab.runs import RunSpec
 from surefoot.lab.tasks.base import Task
 from surefoot.lab.tasks.images import paper_cnn
-from surefoot.lab.train import train
 
-PATTERNS = 6_000
-BATCHES = (5, 25, 100)
+PATTERNS = {5: 1_500, 25: 3_000, 100: 6_000, 500: 6_000}
+"""By batch size: a run should take about half a second."""
+RATES = tuple(10 ** (-4 + i / 8) for i in range(16))
+NETWORKS: dict[str, Callable[[], nn.Sequential]] = {
+    "cnn": paper_cnn,
+    "mlp": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 50), nn.ReLU(), nn.Linear(50, 10), nn.LogSoftmax(dim=1)
+    ),
+}
 
 
-def made_task() -> Task:
+def made_task(network: str, patterns: int) -> Task:
     """MNIST's shapes, without its files; next to nothing to validate on."""
     draw = torch.Generator().manual_seed(0)
-    images = torch.randn(PATTERNS, 1, 28, 28, generator=draw)
-    labels = torch.randint(10, (PATTERNS,), generator=draw)
+    images = torch.randn(patterns, 1, 28, 28, generator=draw)
+    labels = torch.randint(10, (patterns,), generator=draw)
     few = (images[:10], labels[:10])
-    return Task("made images", paper_cnn, (images, labels), few, torch.nn.functional.nll_loss)
+    return Task(f"made {network}", NETWORKS[network], (images, labels), few, nn.functional.nll_loss)
 
 
-def plain_loop(task: Task, batch_size: int) -> None:
-    """One epoch as a tutorial writes it."""
+def _written(network: str, patterns: int) -> str:
+    """A file with that task, for the workers."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
+        file.write(
+            f"import sys\nsys.path.insert(0, {str(__file__.rpartition('/')[0])!r})\nimport throughput\n\n\n"
+            f"def task():\n    return throughput.made_task({network!r}, {patterns})\n"
+        )
+    return f"{file.name}:task"
+
+
+def plain_loop(task: Task, batch_size: int, threads: int) -> float:
+    """Samples a second of one epoch as a tutorial writes it."""
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
     model = task.model()
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     for inputs, targets in DataLoader(TensorDataset(*task.train), batch_size=batch_size, shuffle=True):
@@ -52,70 +72,75 @@ def plain_loop(task: Task, batch_size: int) -> None:
         loss = task.loss(model(inputs), targets)
         loss.backward()
         optimizer.step()
+    return len(task.train[0]) / (time.perf_counter() - start)
 
 
-def laboratory(task: Task, batch_size: int, optimizer: str) -> None:
-    """One epoch as the laboratory runs it."""
-    (request,) = parse_optimizers(optimizer)
-    settings = catalogue.resolve(request)
-    train(task, RunSpec(task.name, "", optimizer, settings, 1e-3, batch_size, epochs=1, seed=0))
-
-
-def side_by_side(executor: LocalProcesses, batch_size: int, runs: int) -> float:
-    """Wall time of a run, when as many as there are cores go on at once; the processes are there already."""
-    (request,) = parse_optimizers(f"adam[batch={batch_size},rate=1e-3]")
-    task, methods = executor.prepare([request], (1e-3,))
-    todo = specs(task, methods, 1, range(runs))
+def sweep(pool: Executor, runs: Sequence[RunSpec], patterns: int) -> tuple[float, str]:
+    """Samples a second over all runs, and how they were trained."""
     start = time.perf_counter()
-    finished = list(executor.run(todo))
-    return (time.perf_counter() - start) / len(finished)
+    results = list(pool.run(pool.arrange(runs)))
+    seconds = time.perf_counter() - start
+    assert all(result.status == "finished" for result in results)
+    engine = statistics.mode(str(result.environment["engine"]) for result in results)
+    return len(runs) * patterns / seconds, engine
 
 
-def seconds(work: Callable[[], None], threads: int) -> float:
-    """Wall time of one call with that many threads."""
-    torch.set_num_threads(threads)
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def cell(network: str, batch_size: int, number: int, repeats: int) -> list[tuple[str, ...]]:
+    """The rows of one network and batch size."""
+    patterns, cores = PATTERNS[batch_size], usable_cores()
+    task = made_task(network, patterns)
+    reference = _written(network, patterns)
+    with (
+        LocalProcesses(reference, workers=cores) as separate,
+        LocalProcesses(reference, workers=cores, engine="auto") as auto,
+    ):
+        (request,) = parse_optimizers(f"adam[batch={batch_size}]")
+        info, methods = separate.prepare([request], RATES)
+        runs = specs(info, methods, 1, range(-(-number // len(RATES))))[:number]
+        ways: dict[str, Callable[[], tuple[float, str]]] = {
+            f"plain, {cores} threads": lambda: (plain_loop(task, batch_size, cores), ""),
+            "plain, 1 thread": lambda: (plain_loop(task, batch_size, 1), ""),
+            "laboratory, separate": lambda: sweep(separate, runs, patterns),
+            "laboratory, auto": lambda: sweep(auto, runs, patterns),
+        }
+        for name, way in ways.items():  # warm, and timed
+            if name.startswith("laboratory"):
+                way()
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        engines: dict[str, str] = {}
+        for _ in range(repeats):
+            for name, way in ways.items():
+                speed, engines[name] = way()
+                found[name].append(speed)
+    plain = [max(pair) for pair in zip(*(own for name, own in found.items() if "plain" in name), strict=True)]
+    rows = []
+    for name, own in found.items():
+        speed = statistics.median(own)
+        ratio = statistics.median(a / b for a, b in zip(own, plain, strict=True))
+        per_minute = 60 * speed / patterns
+        way = name + (f" ({engines[name]})" if name == "laboratory, auto" else "")
+        rows.append((network, str(batch_size), way, f"{speed:,.0f}", f"{per_minute:,.0f}", f"{ratio:.2f}"))
+    return rows
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
-    task, cores = made_task(), torch.get_num_threads()
-    with LocalProcesses(f"{__file__}:made_task", workers=cores) as executor:
-        table = measure(task, executor, cores, repeats)
-    console = Console(width=100)
-    console.print(f"torch {torch.__version__}, wall time, medians of {repeats}")
+    made = parser(__doc__)
+    made.add_argument("--repeats", type=int, default=3)
+    made.add_argument("--runs", type=int, default=64)
+    made.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    made.add_argument("--batches", nargs="+", type=int, default=list(PATTERNS), choices=list(PATTERNS))
+    given = made.parse_args()
+    heads = ("network", "batch", "way", "samples / s", "runs / min", "x plain loop")
+    table = Table(*heads, title=f"{given.runs} runs of one epoch, from end to end")
+    console = Console(width=120)
+    for network in given.networks:
+        for batch_size in given.batches:
+            for row in cell(network, batch_size, given.runs, given.repeats):
+                table.add_row(*row)
+                console.print(" | ".join(row))
+    console.print(f"torch {torch.__version__}, wall time, medians of {given.repeats}")
     console.print(table)
-
-
-def measure(task: Task, executor: LocalProcesses, cores: int, repeats: int) -> Table:
-    """The table: every way at every batch size."""
-    table = Table("batch", "loop", "samples / s", "x plain loop", title="one epoch, from end to end")
-    for batch_size in BATCHES:
-        ways: dict[str, Callable[[], float]] = {
-            f"plain, {cores} threads": lambda m=batch_size: seconds(lambda: plain_loop(task, m), cores),
-            "plain, 1 thread": lambda m=batch_size: seconds(lambda: plain_loop(task, m), 1),
-            "laboratory, adam": lambda m=batch_size: seconds(lambda: laboratory(task, m, "adam"), 1),
-            "laboratory, adam-upd": lambda m=batch_size: seconds(lambda: laboratory(task, m, "adam-upd"), 1),
-            f"laboratory, adam, {cores} runs at once": lambda m=batch_size: side_by_side(executor, m, cores),
-        }
-        for way in ways.values():
-            way()
-        times = {name: [] for name in ways}
-        for _ in range(repeats):
-            for name, way in ways.items():
-                times[name].append(way())
-        plain = times[f"plain, {cores} threads"]
-        for name, own in times.items():
-            ratio = statistics.median(a / b for a, b in zip(plain, own, strict=True))
-            table.add_row(str(batch_size), name, f"{PATTERNS / statistics.median(own):,.0f}", f"{ratio:.2f}")
-    return table
 
 
 if __name__ == "__main__":

@@ -144,6 +144,13 @@ _Log = Annotated[
         show_default=False,
     ),
 ]
+_Engine = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|separate|stacked",
+        help="How many runs a worker trains together: what a moment's timing finds the fastest, one, or stacks.",
+    ),
+]
 _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would run and about how long, and write nothing.")
 ]
@@ -178,6 +185,7 @@ def compare(
     workers: _Workers = None,
     on: _On = None,
     log: _Log = None,
+    engine: _Engine = "auto",
     dry_run: _DryRun = False,
 ) -> None:
     """Train optimizers over initial rates and seeds on one task, and report which is best and how sure that is.
@@ -203,6 +211,7 @@ def compare(
         workers=workers,
         on=on,
         log=log,
+        engine=engine,
     )
     if code := run(comparison, Console(), Console(stderr=True), dry_run=dry_run):
         raise typer.Exit(code)
@@ -267,7 +276,7 @@ def sweep(
         typer.Option(
             metavar="N",
             help="Settings that are tried at once; a sampler learns from those before.",
-            show_default="5, or as many as keep all workers busy",
+            show_default="5 where it learns, else 20; more if that keeps all workers busy",
         ),
     ] = None,
     epochs: _Epochs = None,
@@ -279,6 +288,7 @@ def sweep(
     workers: _Workers = None,
     on: _On = None,
     log: _Log = None,
+    engine: _Engine = "auto",
     dry_run: _DryRun = False,
 ) -> None:
     """Search for the setting of one optimizer with the lowest mean final validation loss over the seeds.
@@ -310,6 +320,7 @@ def sweep(
         workers=workers,
         on=on,
         log=log,
+        engine=engine,
     )
     if code := run(asked, Console(), Console(stderr=True), dry_run=dry_run):
         raise typer.Exit(code)

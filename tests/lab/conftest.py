@@ -119,7 +119,7 @@ def script(monkeypatch, tmp_path):
     script = Script()
 
     class Pretended:
-        def __init__(self, task_ref, data, device="cpu", workers=None):
+        def __init__(self, task_ref, data, device="cpu", workers=None, engine="auto"):
             self.task_ref, self.workers = task_ref, workers or 2
 
         def __enter__(self):
@@ -146,12 +146,24 @@ def script(monkeypatch, tmp_path):
         def call(self, name, function, *arguments):
             return function(None, *arguments)
 
-        def estimate(self, specs):
+        def estimate(self, specs, alike=None, remember=True):
             script.estimated.append(list(specs))
+            return self.seconds(specs)
+
+        def seconds(self, specs):
             return [10.0 if spec.optimizer == "adam" else 5.0 for spec in specs]
 
-        def run(self, specs):
-            for spec in specs:
+        def refusals(self):
+            return {}
+
+        def arrange(self, specs):
+            longest_first = sorted(
+                zip(specs, self.seconds(specs), strict=True), key=lambda s: (s[0].seed, -s[1])
+            )
+            return [(spec,) for spec, _ in longest_first]
+
+        def run(self, batches):
+            for (spec,) in batches:
                 script.before.pop(len(script.ran), lambda: None)()
                 script.ran.append(spec)
                 loss = script.loss(spec)

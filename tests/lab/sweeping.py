@@ -77,11 +77,17 @@ class Here:
     def prepare(self, requests, rates):
         return worker.prepare(self._room, requests, rates)
 
-    def estimate(self, specs):
+    def estimate(self, specs, alike=None, remember=True):
         return [0.01] * len(specs)
 
-    def run(self, specs):
-        for spec in specs:
+    def refusals(self):
+        return {}
+
+    def arrange(self, specs):
+        return [(spec,) for spec in specs]
+
+    def run(self, batches):
+        for (spec,) in batches:
             with Store(ASKED.store_url) as store, open("starts", "a") as starts:
                 starts.write(f"{spec.key} {'again' if spec.key in store else 'new'}\n")
             yield from worker.run(self._room, [spec])

@@ -69,6 +69,11 @@ def reference(tmp_path, marks):
     return f"{tmp_path / 'own.py'}:task"
 
 
+def alone(runs):
+    """Each run a batch of its own."""
+    return [[run] for run in runs]
+
+
 def planned(pool, optimizers="sgd,srprop[window=3]", rates=(0.01, 0.1), seeds=(0, 1)):
     info, methods = pool.prepare(parse_optimizers(optimizers), rates)
     return specs(info, methods, info.epochs, seeds)
@@ -217,15 +222,15 @@ class TestRuns:
             assert pool.workers == 2
             wanted = planned(pool, seeds=range(6))
             estimates = pool.estimate(wanted)
-            there = list(pool.run(wanted))  # short ones, several at a time
-            alone = list(pool.run(wanted[:1]))
+            there = list(pool.run(pool.arrange(wanted)))  # short ones, several at a time
+            one = list(pool.run(alone(wanted[:1])))
         assert ray.is_initialized()  # it was not this pool that connected
         with LocalProcesses(reference, workers=2) as pool:
             assert planned(pool, seeds=range(6)) == wanted
-            here = list(pool.run(wanted))
+            here = list(pool.run(alone(wanted)))
         assert len(there) == len(wanted) == len(estimates) == 24
         assert numbers(there) == numbers(here)
-        assert numbers(alone).items() <= numbers(here).items()
+        assert numbers(one).items() <= numbers(here).items()
         assert {result.environment["threads"] for result in there} == {1}
         assert min(estimates) > 0
 
@@ -233,8 +238,8 @@ class TestRuns:
         with RayCluster(None, reference, workers=9) as pool:
             assert pool.workers == 9
             wanted = planned(pool, seeds=range(6))
-            assert numbers(pool.run(wanted)).keys() == {spec.key for spec in wanted}
-            assert numbers(pool.run(wanted[:3])).keys() == {spec.key for spec in wanted[:3]}
+            assert numbers(pool.run(alone(wanted))).keys() == {spec.key for spec in wanted}
+            assert numbers(pool.run(alone(wanted[:3]))).keys() == {spec.key for spec in wanted[:3]}
 
     def test_of_nothing_give_nothing(self, reference):
         with RayCluster(None, reference) as pool:
@@ -244,7 +249,7 @@ class TestRuns:
         with RayCluster(None, reference) as pool:
             wanted = planned(pool)
             (marks / "once").touch()
-            results = list(pool.run(wanted))
+            results = list(pool.run(alone(wanted)))
         assert not (marks / "once").exists()
         assert {result.spec.key for result in results} == {spec.key for spec in wanted}
         assert {result.status for result in results} == {"finished"}
@@ -258,7 +263,7 @@ class TestRuns:
                 r"is there enough memory\?$"
             )
             with pytest.raises(UserError, match=said):
-                list(pool.run(wanted))
+                list(pool.run(alone(wanted)))
 
     def test_errors_are_told_as_of_processes_here(self, reference, marks):
         (marks / "unmade").touch()
@@ -271,7 +276,7 @@ class TestRuns:
             (marks / "error").touch()
             said = r"^An error ended the run of sgd at rate 0\.5 with seed 7: KeyError: 'x' \(own\.py, line 23\)\.$"
             with pytest.raises(UserError, match=said):
-                list(pool.run(wanted))
+                list(pool.run(alone(wanted)))
 
     def test_a_data_folder_must_be_there_where_the_workers_are(self, tmp_path):
         said = r"^--data is '.*/nowhere', which is no folder for the Ray worker on .*; the same path must be good "
@@ -397,7 +402,7 @@ class TestForReal:
         assert len(results) == RUNS
         with LocalProcesses("digits-mlp", workers=1) as pool:
             (spec,) = [r.spec for r in results.values() if (r.spec.rate, r.spec.seed) == (0.1, 2)]
-            assert numbers(pool.run([spec])) == numbers([results[spec.key]])
+            assert numbers(pool.run(alone([spec]))) == numbers([results[spec.key]])
 
     def test_a_head_that_is_lost_costs_no_finished_run(self, head, tmp_path):
         process = surefoot(
@@ -446,7 +451,7 @@ def test_the_driver_never_imports_torch(reference, ray):
         "from surefoot.lab.plan import parse_optimizers, specs\n"
         f"with RayCluster({ray.get_runtime_context().gcs_address!r}, {reference!r}) as pool:\n"
         "    info, methods = pool.prepare(parse_optimizers('sgd'), (0.1,))\n"
-        "    (result,) = pool.run(specs(info, methods, 1, [0]))\n"
+        "    (result,) = pool.run([specs(info, methods, 1, [0])])\n"
         "assert result.status == 'finished'\n"
         "assert 'torch' not in sys.modules\n"
     )

@@ -57,6 +57,11 @@ def planned(pool, optimizers="sgd,adam", rates=(0.01, 0.1), seeds=(0, 1)):
     return specs(info, methods, info.epochs, seeds)
 
 
+def alone(runs):
+    """Each run a batch of its own."""
+    return [[run] for run in runs]
+
+
 def numbers(result):
     record = result.to_dict()
     return {name: record[name] for name in record if name not in ("seconds", "step_seconds", "environment")}
@@ -102,8 +107,8 @@ class TestRuns:
             assert methods[1].settings["undo"] == "exact"  # defaults are written out
             wanted = specs(info, methods, 2, range(3))
             estimates = pool.estimate(wanted)
-            results = {result.spec.key: result for result in pool.run(wanted)}
-            again = [numbers(result) for result in pool.run(wanted[:2])]  # the pool lives on
+            results = {result.spec.key: result for result in pool.run(alone(wanted))}
+            again = [numbers(result) for result in pool.run(alone(wanted[:2]))]  # the pool lives on
         assert len(results) == len(wanted) == 9
         for spec in wanted:
             assert numbers(results[spec.key]) == numbers(train(task, spec))
@@ -126,7 +131,7 @@ class TestRuns:
             wanted = planned(pool)
             steps_before = len(list(tmp_path.glob("step *")))  # of preparing
             order = []
-            for result in pool.run(wanted):
+            for result in pool.run(alone(wanted)):
                 order.append(result.spec)
                 # While this result is looked at, the next run comes to its end.
                 steps = steps_before + 10 * min(len(order) + 1, len(wanted))
@@ -148,7 +153,7 @@ class TestRuns:
             assert pool.workers == 200
             wanted = planned(pool, "sgd", rates=(0.1,), seeds=(0,))
             pool.estimate(wanted)
-            assert len(list(pool.run(wanted))) == 1
+            assert len(list(pool.run(alone(wanted)))) == 1
             assert len(multiprocessing.active_children()) == 1
 
     def test_there_may_be_a_process_for_each_core_of_ours(self):
@@ -191,7 +196,7 @@ class TestErrors:
             (Path(reference).parent / "prepared").touch()
             said = r"^An error ended the run of sgd at rate 0.01 with seed 0: KeyError: 'x' \(own.py, line 12\)\.$"
             with pytest.raises(UserError, match=said):
-                list(pool.run(wanted))
+                list(pool.run(alone(wanted)))
 
     def test_a_task_that_changes_meanwhile_is_refused(self, task_file):
         with LocalProcesses(task_file(), workers=1) as pool:
@@ -199,7 +204,7 @@ class TestErrors:
         changed = task_file("pass  # changed")
         said = "Task own has changed since the comparison began"
         with LocalProcesses(changed, workers=1) as pool, pytest.raises(UserError, match=said):
-            list(pool.run(wanted))
+            list(pool.run(alone(wanted)))
 
     def test_data_that_differ_at_each_call_are_said(self, task_file):
         reference = task_file()
@@ -209,7 +214,7 @@ class TestErrors:
             wanted = planned(pool)
         said = r"^Task own gives other data at every call; seed what it draws them from\.$"
         with LocalProcesses(reference, workers=1) as pool, pytest.raises(UserError, match=said):
-            list(pool.run(wanted))
+            list(pool.run(alone(wanted)))
 
     def test_a_task_that_was_loaded_while_it_was_written_is_loaded_again(self, task_file):
         reference = task_file()
@@ -221,7 +226,7 @@ class TestErrors:
         with LocalProcesses(reference, workers=1) as pool:
             planned(pool)  # this process has loaded the half
             path.write_text(whole)
-            assert len(list(pool.run(wanted))) == len(wanted)
+            assert len(list(pool.run(alone(wanted)))) == len(wanted)
 
     def test_an_interrupt_that_the_task_makes_is_an_error_of_the_task(self, task_file):
         reference = task_file("raise KeyboardInterrupt")
@@ -241,7 +246,7 @@ class TestDeath:
         with LocalProcesses(reference, workers=2) as pool:
             wanted = planned(pool)
             (tmp_path / "die").touch()
-            results = list(pool.run(wanted))
+            results = list(pool.run(alone(wanted)))
         assert not (tmp_path / "die").exists()
         assert {result.spec.key for result in results} == {spec.key for spec in wanted}
         assert {result.status for result in results} == {"finished"}
@@ -256,7 +261,7 @@ class TestDeath:
             (tmp_path / "die").touch()
             said = r"of adam at rate 0.5 with seed 7 \(ended by SIGKILL\); is there enough memory\?$"
             with pytest.raises(UserError, match=said):
-                list(pool.run(wanted))
+                list(pool.run(alone(wanted)))
 
     def test_an_exit_of_its_own_has_nothing_to_do_with_memory(self, task_file):
         said = r"^Its process died twice during the preparation of the task \(exit code 3\)\.$"
@@ -274,7 +279,7 @@ class TestDeath:
             pid = int((tmp_path / "pid").read_text())
             os.kill(pid, signal.SIGKILL)
             wait_until(lambda: is_gone(pid))
-            assert len(list(pool.run(wanted))) == len(wanted)
+            assert len(list(pool.run(alone(wanted)))) == len(wanted)
             assert int((tmp_path / "pid").read_text()) != pid
 
 
@@ -294,7 +299,7 @@ class TestEnding:
     def test_ends_every_process_at_once(self, task_file, tmp_path, end):
         with LocalProcesses(task_file("(HERE / f'{os.getpid()}.pid').touch()\n" + SLOW), workers=2) as pool:
             wanted = planned(pool, seeds=range(40))
-            results = pool.run(wanted)
+            results = pool.run(alone(wanted))
             next(results)
             (tmp_path / "slow").touch()
             wait_until(lambda: len(pids(tmp_path)) == 2)
@@ -318,7 +323,7 @@ class TestEnding:
             with LocalProcesses(sys.argv[1], workers=2) as pool:
                 info, methods = pool.prepare(parse_optimizers("sgd"), (0.1,))
                 (__import__("pathlib").Path(sys.argv[1]).parent / "slow").touch()
-                list(pool.run(specs(info, methods, 1, range(4))))
+                list(pool.run([spec] for spec in specs(info, methods, 1, range(4))))
     """
 
     @pytest.fixture
@@ -357,7 +362,7 @@ class TestEnding:
     def test_a_worker_does_not_hear_ctrl_c_even_while_it_starts(self, task_file, capfd):
         with LocalProcesses(task_file(), workers=2) as pool:
             wanted = planned(pool)
-            results = pool.run(wanted)
+            results = pool.run(alone(wanted))
             done = [next(results)]
             started = {child.pid for child in multiprocessing.active_children()}
             assert len(started) == 2  # the second one has only just begun
@@ -381,7 +386,7 @@ def test_the_driver_never_imports_torch(task_file):
             info, methods = pool.prepare(plan.parse_optimizers("srprop"), (0.1,))
             wanted = plan.specs(info, methods, 1, [0])
             pool.estimate(wanted)
-            (result,) = pool.run(wanted)
+            (result,) = pool.run([wanted])
         assert result.status == "finished"
         assert "torch" not in sys.modules
     """

@@ -21,7 +21,7 @@ from surefoot.lab.packages import RIVALS
 from surefoot.lab.plan import parse_optimizers
 from surefoot.lab.runs import RunSpec
 from surefoot.lab.tasks import Task
-from surefoot.lab.train import estimate_seconds, train
+from surefoot.lab.train import timed, train
 
 STEPS = 25
 
@@ -371,7 +371,7 @@ class TestRuns:
         task = classification(loss=lambda outputs, targets: outputs.mean() * value)
         result = train(task, spec_of(name))
         assert (result.status, list(result.patterns)) == ("diverged", [])
-        assert estimate_seconds(task, spec_of(name), moment=0.01) >= 0
+        assert timed(task, spec_of(name), moment=0.01).seconds >= 0
 
     def test_a_first_gradient_of_zero_is_no_end(self, name):
         task = classification(model=lambda: nn.Sequential(nn.Linear(5, 3), nn.Threshold(1e9, 0.0)))

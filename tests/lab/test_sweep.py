@@ -108,7 +108,7 @@ class TestSearching:
                 original(store, search, settings, seeds, most),
             ),
         )
-        run(replace(ASKED, workers=20, trials=30))
+        run(replace(ASKED, sampler="tpe", workers=20, trials=30))
         assert asked[0] == 7  # 7 x 3 seeds keep 20 workers busy
 
     def test_what_is_stored_is_never_run_again(self, script):
@@ -275,7 +275,7 @@ class TestStopping:
         returned, printed, told = run()
         assert returned == code
         assert sum(kept().values()) == 7
-        assert "7 of 15 runs are kept in surefoot-out/runs.sqlite" in told
+        assert "7 of 24 runs are kept in surefoot-out/runs.sqlite" in told
         assert told.splitlines()[-1].strip() == ASKED.command()
         assert "Report" not in printed
         assert run()[0] == 0
@@ -316,7 +316,7 @@ class TestTogether:
         """A search that was stopped after 5 of its first 15 runs: those that are missing, some of which others are at."""
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         script.before[5] = lambda: signal.raise_signal(signal.SIGINT)
-        run()
+        run(replace(ASKED, at_once=5))
         settings = sqlite3.connect(STORE).execute("select setting from surefoot_trials").fetchall()
         specs = [
             replace(script.ran[0], rate=json.loads(setting)["rate"], seed=seed)

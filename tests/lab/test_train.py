@@ -23,7 +23,7 @@ from surefoot.lab.runs import RunSpec
 from surefoot.lab.schedules import SCHEDULES
 from surefoot.lab.streams import stream_seed
 from surefoot.lab.tasks import Task
-from surefoot.lab.train import estimate_seconds, train
+from surefoot.lab.train import timed, train
 
 PATTERNS, FEATURES, CLASSES = 37, 5, 3
 
@@ -186,7 +186,7 @@ class TestSeeds:
             torch.manual_seed(seed)
             before = torch.get_rng_state()
             results.append(numbers(train(make_task(), make_spec())))
-            estimate_seconds(make_task(), make_spec(), moment=0.001)
+            timed(make_task(), make_spec(), moment=0.001)
             assert torch.equal(torch.get_rng_state(), before)
         assert results[0] == results[1]
 
@@ -402,7 +402,7 @@ class TestSchedule:
 
     def test_is_timed_as_it_runs(self):
         spec = make_spec("sgd[schedule=onecycle]", epochs=1, batch_size=30)  # as many steps as it is made for
-        assert estimate_seconds(make_task(), spec) > 0
+        assert timed(make_task(), spec).seconds > 0
 
 
 def test_validation_is_at_the_averaged_weights_and_training_is_not():
@@ -455,7 +455,7 @@ class TestDivergence:
         task = make_task(loss=lambda o, t: o.mean() * math.nan)
         result = train(task, make_spec())
         assert (result.status, result.steps, list(result.patterns)) == ("diverged", 0, [])
-        assert estimate_seconds(task, make_spec()) >= 0
+        assert timed(task, make_spec()).seconds >= 0
 
     def test_an_error_that_has_nothing_to_do_with_it_is_not_hidden(self):
         def loss(outputs, targets):
@@ -483,7 +483,7 @@ class TestDivergence:
                 raise ValueError("all elements of input should be between 0 and 1")
             return outputs.mean() * 1e38
 
-        assert estimate_seconds(make_task(loss=loss), make_spec(rate=1e30)) > 0
+        assert timed(make_task(loss=loss), make_spec(rate=1e30)).seconds > 0
 
 
 class TestBatchNorm:
@@ -498,7 +498,7 @@ class TestBatchNorm:
             train(make_task(model=self.MODEL), make_spec(batch_size=6))
         assert "\n" not in str(error.value)
         with pytest.raises(UserError) as estimating:
-            estimate_seconds(make_task(model=self.MODEL), make_spec(batch_size=6))
+            timed(make_task(model=self.MODEL), make_spec(batch_size=6))
         assert str(estimating.value) == str(error.value)
 
     def test_nothing_is_left_over_silently(self):
@@ -521,7 +521,7 @@ def test_gradients_that_an_optimizer_does_not_take_are_said_in_its_words():
         validation=(torch.arange(10).view(10, 1), torch.arange(10) % 2),
         loss=nn.functional.cross_entropy,
     )
-    for attempt in (train, estimate_seconds):
+    for attempt in (train, timed):
         with pytest.raises(UserError, match=r"^Optimizer adam: .*sparse.*[^.]\.$") as error:
             attempt(task, make_spec("adam"))
         assert "\n" not in str(error.value)
@@ -547,7 +547,7 @@ class TestTime:
 
         task, spec = make_task(model=lambda: Slow(FEATURES, CLASSES), block=20), make_spec(epochs=4)
         result = train(task, spec)
-        assert result.seconds / 3 < estimate_seconds(task, spec, moment=0.05) < result.seconds * 3
+        assert result.seconds / 3 < timed(task, spec, moment=0.05).seconds < result.seconds * 3
 
     def test_an_estimate_of_less_than_a_moment_needs_no_more_than_the_run(self):
         taken = []
@@ -558,7 +558,7 @@ class TestTime:
                 return super().forward(x)
 
         spec = make_spec(epochs=1, batch_size=30)  # two steps
-        assert estimate_seconds(make_task(model=lambda: Watched(FEATURES, CLASSES)), spec) > 0
+        assert timed(make_task(model=lambda: Watched(FEATURES, CLASSES)), spec).seconds > 0
         assert sum(taken) == 2
 
 

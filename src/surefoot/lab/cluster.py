@@ -25,6 +25,7 @@ from typing import Any
 
 from surefoot._version import __version__
 from surefoot.lab import worker
+from surefoot.lab.engines import SEPARATE
 from surefoot.lab.errors import UserError
 from surefoot.lab.executor import Executor, Pool, usable_cores
 from surefoot.lab.runs import NUMERICS
@@ -51,7 +52,7 @@ def cluster_address(on: str) -> str | None:
 
 
 class RayCluster(Pool):
-    """A pool of Ray actors for one task, one thread and one run at a time in each; the numbers are those of runs here.
+    """A pool of Ray actors for one task, one thread in each; the numbers are those of runs here.
 
     An actor takes one of its machine's CPUs and, where the device is a GPU, one of its GPUs, or the share of one that
     lets as many run as ``workers`` asks for. Actors that the cluster has no room for yet are waited for while the others
@@ -67,6 +68,7 @@ class RayCluster(Pool):
         data: the folder of ``--data``, by a path that is good on every machine of the cluster.
         device: ``"cpu"`` or ``"cuda"``.
         workers: number of actors at most; ``None``: as many as the cluster has room for when it is entered.
+        engine: how many runs are trained together, one of :data:`surefoot.lab.engines.ENGINES`.
 
     Raises:
         UserError: the task's file cannot be read, or the device is one particular GPU; in the ``with`` statement: Ray
@@ -83,8 +85,9 @@ class RayCluster(Pool):
         data: Path | None = None,
         device: str = "cpu",
         workers: int | None = None,
+        engine: str = SEPARATE,
     ) -> None:
-        super().__init__(workers or usable_cores())
+        super().__init__(workers or usable_cores(), engine)
         if ":" in device:
             raise UserError(
                 f"--device is {device!r}, but on Ray each worker is given its GPU; use --device cuda."

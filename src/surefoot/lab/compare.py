@@ -84,7 +84,8 @@ def _compare(
         session.open()
     if todo:
         with session.status("timing each optimizer for a moment"):
-            estimates = executor.estimate(todo)
+            estimates = executor.estimate(todo, remember=not dry_run)
+        session.say_refusals()
         about = roughly(wall_seconds(estimates, executor.workers))
         session.say(
             f"The {count(len(todo), 'run')} to do {'would take' if dry_run else 'take'} about {about}."

@@ -73,6 +73,22 @@ class Record:
         )
 
 
+@dataclass(frozen=True)
+class Timed:
+    """What a course takes."""
+
+    step: float
+    """Seconds of one step."""
+    steps: int
+    rest: float
+    """Seconds of all that is no step: the making, and the validation."""
+
+    @property
+    def seconds(self) -> float:
+        """From the beginning to the end."""
+        return self.step * self.steps + self.rest
+
+
 class Course(ABC):
     """One run, or several side by side that differ in seed, rate and other numbers: same task, same steps, same blocks.
 
@@ -148,9 +164,19 @@ class Course(ABC):
         environment = {**_environment(self.device, self._started), "engine": self.engine}
         return [record.result(environment) for record in self._records]
 
-    def estimate(self, moment: float) -> float:
-        """About how many seconds :meth:`run` would take for all runs together, if none diverged; for a fresh one only."""
+    def timed(self, moment: float) -> Timed:
+        """What :meth:`run` would take if none diverged, from about ``moment`` seconds of real steps; for a fresh one only."""
         making = time.perf_counter() - self._mark
+        step = self.step_seconds(moment)
+        began = time.perf_counter()
+        self.measure(1, [0.0] * len(self.going))
+        point = time.perf_counter() - began
+        patterns = len(self.inputs)
+        points = math.ceil(patterns * self.epochs / (self.task.block or patterns))
+        return Timed(step, self.steps_in_all, making + point * points)
+
+    def step_seconds(self, moment: float) -> float:
+        """What one step takes, of all runs together, from about ``moment`` seconds of them; for a fresh one only."""
         losses: list[Tensor] = []
         began, deadline = time.perf_counter(), math.inf
         for batch in self.batches():
@@ -166,14 +192,8 @@ class Course(ABC):
                 break
         if losses:
             losses[-1].sum().item()
-        timed = len(losses) - _WARM_UP_STEPS
-        step = (time.perf_counter() - began) / (timed if timed > 0 else max(len(losses), 1))
-        began = time.perf_counter()
-        self.measure(1, [0.0] * len(self.going))
-        point = time.perf_counter() - began
-        patterns = len(self.inputs)
-        points = math.ceil(patterns * self.epochs / (self.task.block or patterns))
-        return making + step * self.steps_in_all + point * points
+        counted = len(losses) - _WARM_UP_STEPS
+        return (time.perf_counter() - began) / (counted if counted > 0 else max(len(losses), 1))
 
     def blocks(self) -> Iterator[tuple[int, list[float]]]:
         """Trains, pausing at the end of each block: patterns seen so far, and each run's training loss in the block."""
@@ -320,14 +340,14 @@ def _environment(device: torch.device, started: datetime) -> dict[str, Scalar]:
         "torch": str(torch.__version__),  # a plain string: unpickling torch's own would import torch
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "started": started.isoformat(timespec="seconds"),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's model, such as "AMD EPYC 7763"."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()

@@ -13,7 +13,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -22,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from surefoot.lab import worker
+from surefoot.lab.engines import SEPARATE, Timing, Way, batches
 from surefoot.lab.errors import UserError
 from surefoot.lab.runs import Method, RunResult, RunSpec, TaskInfo
 from surefoot.lab.worker import Job, Reply, Room
@@ -71,17 +71,36 @@ class Executor(Protocol):
         """
         ...
 
-    def estimate(self, specs: Sequence[RunSpec]) -> list[float]:
-        """About how many seconds each run takes in its worker, timed for a moment on the real work.
+    def estimate(
+        self, specs: Sequence[RunSpec], alike: int | None = None, remember: bool = True
+    ) -> list[float]:
+        """About how many seconds each run takes in its worker, its share if it shares it, timed for a moment on the work.
 
-        Runs that differ in nothing but rate and seed share a timing. How many run side by side is left to the caller.
+        Runs that may be one stack share a timing. How many workers there are is left to the caller.
+
+        Args:
+            specs: the runs.
+            alike: how many runs like each of these there are to be done; ``None``: as many as are among them.
+            remember: keep what was found, for the next time on this machine.
         """
         ...
 
-    def run(self, specs: Iterable[RunSpec]) -> Iterator[RunResult]:
-        """The results in the order in which they finish; the runs start in the order given.
+    def refusals(self) -> dict[str, str]:
+        """Why runs that were estimated are not stacked, as the end of a sentence, by the optimizer's name."""
+        ...
+
+    def arrange(self, specs: Sequence[RunSpec]) -> list[tuple[RunSpec, ...]]:
+        """The runs in the batches and in the order in which they are best done."""
+        ...
+
+    def run(self, batches: Iterable[Sequence[RunSpec]]) -> Iterator[RunResult]:
+        """The results in the order in which they finish; the batches start in the order given.
 
         The next of them is asked for when there is a worker for it, and not before.
+
+        Args:
+            batches: of :meth:`arrange`, or parts of such; what is in one is done by one worker, trained together if that
+                is faster.
 
         Raises:
             UserError: a run failed, or its worker died too often. The runs under way are given up.
@@ -125,6 +144,7 @@ class Pool(ABC):
 
     Args:
         workers: number of workers at most, each started when there is work for it.
+        engine: one of :data:`surefoot.lab.engines.ENGINES`.
     """
 
     tries = 2
@@ -132,11 +152,15 @@ class Pool(ABC):
     batch_seconds = 0.0
     """Runs known to be shorter are handed out several at a time, for about so long."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, engine: str = SEPARATE) -> None:
         self.workers = workers
+        self._engine = engine
         self._team: list[Any] = []  # of this pool's kind of Worker
         self._open = False
-        self._seconds: dict[str, float] = {}
+        self._kinds: dict[str, str] = {}  # by the run's key
+        self._timings: dict[
+            str, tuple[str, Timing, int]
+        ] = {}  # by kind: optimizer, and for how many runs it was made
 
     @abstractmethod
     def _start(self) -> Worker:
@@ -173,34 +197,66 @@ class Pool(ABC):
         ((_, value),) = self._each([Job(name, function, arguments)])
         return value
 
-    def estimate(self, specs: Sequence[RunSpec]) -> list[float]:
+    def estimate(
+        self, specs: Sequence[RunSpec], alike: int | None = None, remember: bool = True
+    ) -> list[float]:
         """As :meth:`Executor.estimate`."""
-        kinds = {_kind(spec): spec for spec in specs}
+        if unknown := [spec for spec in specs if spec.key not in self._kinds]:
+            kinds = self.call("the sorting of the runs", worker.kinds, unknown)
+            self._kinds.update(zip((spec.key for spec in unknown), kinds, strict=True))
+        numbers = Counter(map(self._kind, specs))
+        first = {self._kind(spec): spec for spec in reversed(specs)}
+        wanted = {
+            kind: max(alike or 0, number)
+            for kind, number in numbers.items()
+            if kind not in self._timings or max(alike or 0, number) > self._timings[kind][2]
+        }
         jobs = [
-            Job(f"the timing of {worker.named(spec)}", worker.estimate, (spec,)) for spec in kinds.values()
+            Job(
+                f"the timing of {worker.named(first[kind])}",
+                worker.estimate,
+                (first[kind], self._engine, number, remember),
+            )
+            for kind, number in wanted.items()
         ]
-        seconds = dict(self._each(jobs))
-        self._seconds.update((kind, seconds[number]) for number, kind in enumerate(kinds))
-        return [self._seconds[_kind(spec)] for spec in specs]
+        timings = dict(self._each(jobs))
+        for place, (kind, number) in enumerate(wanted.items()):
+            self._timings[kind] = (first[kind].optimizer, timings[place], number)
+        return list(map(self._seconds, specs))
 
-    def run(self, specs: Iterable[RunSpec]) -> Iterator[RunResult]:
+    def refusals(self) -> dict[str, str]:
+        """As :meth:`Executor.refusals`."""
+        return {name: timing.refusal for name, timing, _ in self._timings.values() if timing.refusal}
+
+    def arrange(self, specs: Sequence[RunSpec]) -> list[tuple[RunSpec, ...]]:
+        """As :meth:`Executor.arrange`."""
+        self.estimate(specs)
+        return batches(specs, self._kind, self._way, self._seconds, self.workers, self.batch_seconds)
+
+    def _kind(self, spec: RunSpec) -> str:
+        return self._kinds[spec.key]
+
+    def _way(self, kind: str) -> Way:
+        _, timing, number = self._timings[kind]
+        return timing.best(self._engine, number)
+
+    def _seconds(self, spec: RunSpec) -> float:
+        kind = self._kind(spec)
+        return self._timings[kind][1].seconds(self._way(kind))
+
+    def run(self, batches: Iterable[Sequence[RunSpec]]) -> Iterator[RunResult]:
         """As :meth:`Executor.run`."""
-        jobs = (Job(_named(batch), worker.run, (batch,)) for batch in self._batches(specs))
-        for _, results in self._each(jobs):
+        for _, results in self._each(map(self._job, batches)):
             yield from results
 
-    def _batches(self, specs: Iterable[RunSpec]) -> Iterator[tuple[RunSpec, ...]]:
-        """The runs in their order, short ones together."""
-        batch: list[RunSpec] = []
-        seconds = 0.0
-        for spec in specs:
-            batch.append(spec)
-            seconds += self._seconds.get(_kind(spec), self.batch_seconds)
-            if seconds >= self.batch_seconds:
-                yield tuple(batch)
-                batch, seconds = [], 0.0
-        if batch:
-            yield tuple(batch)
+    def _job(self, batch: Sequence[RunSpec]) -> Job:
+        kind = self._kinds.get(batch[0].key)
+        lowering = self._way(kind).lowering if kind in self._timings else None
+        name = worker.named(batch[0]) + (f" and {len(batch) - 1} beside it" if len(batch) > 1 else "")
+        alone = Job(name, worker.run, (tuple(batch),))
+        if lowering is None or len(batch) == 1:
+            return alone
+        return Job(name, worker.run, (tuple(batch), lowering), instead=alone)
 
     def _each(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Any]]:
         """The jobs' numbers and values, as they come in. Whatever ends this early ends the workers too."""
@@ -245,7 +301,7 @@ class Pool(ABC):
                             end = "; is there enough memory?" if "SIGKILL" in how else "."
                             raise UserError(f"Its process died {times} during {job.name} ({how}){end}")
                         if at is not _START:
-                            waiting.appendleft(at)
+                            waiting.appendleft((number, job.instead or job))
                         occupy(self._replace(member))
                         continue
                     kind, value = reply
@@ -268,7 +324,7 @@ class Pool(ABC):
 
 
 class LocalProcesses(Pool):
-    """A pool of worker processes for one task, one thread and one run at a time in each.
+    """A pool of worker processes for one task, one thread in each.
 
     Args:
         task_ref: a task's name, or ``"path/to/file.py:function"``.
@@ -276,12 +332,18 @@ class LocalProcesses(Pool):
         device: where the tensors live, by torch's name.
         workers: number of processes at most, each started when there is work for it; ``None``: one for each core that
             this process may use.
+        engine: how many runs are trained together, one of :data:`surefoot.lab.engines.ENGINES`.
     """
 
     def __init__(
-        self, task_ref: str, data: Path | None = None, device: str = "cpu", workers: int | None = None
+        self,
+        task_ref: str,
+        data: Path | None = None,
+        device: str = "cpu",
+        workers: int | None = None,
+        engine: str = SEPARATE,
     ) -> None:
-        super().__init__(workers or usable_cores())
+        super().__init__(workers or usable_cores(), engine)
         self._room = Room(task_ref, data, device)
 
     def _start(self) -> _Process:
@@ -351,16 +413,6 @@ def _interrupts_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _kind(spec: RunSpec) -> str:
-    """The same for runs that take the same time."""
-    return replace(spec, rate=0.0, seed=0).key
-
-
-def _named(batch: Sequence[RunSpec]) -> str:
-    more = f" and {len(batch) - 1} after it" if len(batch) > 1 else ""
-    return worker.named(batch[0]) + more
 
 
 def _serve(room: Room, connection: Connection) -> None:

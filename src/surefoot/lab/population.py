@@ -27,7 +27,7 @@ from surefoot.lab.course import Course
 from surefoot.lab.errors import UserError
 from surefoot.lab.lowering import Grouped, Lowering, Tensors, UnsuitedError, Vmapped, counts_all, loss_of_each
 from surefoot.lab.packages import Rival
-from surefoot.lab.runs import RunResult, RunSpec
+from surefoot.lab.runs import RunResult, RunSpec, digest_of
 from surefoot.lab.schedules import scheduler
 from surefoot.lab.streams import Streams, own_random_state, seed_everything, stream_seed
 from surefoot.lab.tasks import explain
@@ -46,12 +46,26 @@ def stack_of(specs: Sequence[RunSpec]) -> list[list[RunSpec]]:
     A group has one task, optimizer, batch size and number of epochs, and its settings differ only in numbers that the
     optimizer takes for each model. A run of another package's optimizer is a group by itself.
     """
-    groups: dict[Any, list[RunSpec]] = {}
+    groups: dict[str, list[RunSpec]] = {}
     for spec in specs:
-        key = catalogue.stack_key(spec.optimizer, spec.settings)
-        same = (spec.task, spec.task_version, spec.optimizer, spec.batch_size, spec.epochs, key)
-        groups.setdefault(object() if key is None else same, []).append(spec)
+        stackable = catalogue.stack_key(spec.optimizer, spec.settings) is not None
+        groups.setdefault(kind_of(spec) if stackable else spec.key, []).append(spec)
     return list(groups.values())
+
+
+def kind_of(spec: RunSpec) -> str:
+    """The same for runs that take the same time, as far as that can be told, and for those that may be one stack."""
+    key = catalogue.stack_key(spec.optimizer, spec.settings)
+    return digest_of(
+        {
+            "task": spec.task,
+            "version": spec.task_version,
+            "optimizer": spec.optimizer,
+            "settings": dict(spec.settings) if key is None else repr(key),
+            "batch": spec.batch_size,
+            "epochs": spec.epochs,
+        }
+    )
 
 
 def train_stack(
@@ -77,23 +91,21 @@ def train_stack(
         return _stack(task, specs, device, lowering).run()
 
 
-def estimate_stack_seconds(
+def stack_step_seconds(
     task: Task,
     specs: Sequence[RunSpec],
     device: str | torch.device = "cpu",
     lowering: str | None = None,
     moment: float = 0.3,
 ) -> float:
-    """About how long :func:`train_stack` would take if no run diverged, from about ``moment`` seconds of real steps."""
+    """Seconds of one step of :func:`train_stack`, from about ``moment`` seconds of real steps.
+
+    Raises:
+        UserError: as :func:`train_stack`.
+    """
     device = usable_device(device)
     with own_random_state(device):
-        return _stack(task, specs, device, lowering).estimate(moment)
-
-
-def ways(task: Task, spec: RunSpec, device: str | torch.device = "cpu") -> list[str]:
-    """The ways in which runs like this one can be run: of :data:`LOWERINGS` those that can be used, and "separate"."""
-    stacked = [name for name in LOWERINGS if refusal(task, spec, device, name) is None]
-    return [*stacked, "separate"]
+        return _stack(task, specs, device, lowering).step_seconds(moment)
 
 
 def refusal(

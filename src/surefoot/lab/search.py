@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     from surefoot.lab.worker import Room
 
 GRID = "grid"
-SAMPLERS = ("tpe", "gp", "random", GRID)
+LEARNING = ("tpe", "gp")
+"""The samplers for which it matters what came out before."""
+SAMPLERS = (*LEARNING, "random", GRID)
 STARTUP_TRIALS = 10
 """So many are drawn at random before a sampler goes by what is known."""
 _REPEATED = 3

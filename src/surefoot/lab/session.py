@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from surefoot.lab.cluster import RayCluster, cluster_address
+from surefoot.lab.engines import AUTO, ENGINES, STACKED
 from surefoot.lab.errors import UserError
 from surefoot.lab.executor import Executor, LocalProcesses, usable_cores
 from surefoot.lab.interrupts import Interrupts
@@ -50,6 +51,7 @@ class Options:
     workers: int | None
     on: str | None = None
     log: str | None = None
+    engine: str = AUTO
 
     def __post_init__(self) -> None:
         for option in ("seeds", "epochs", "batch", "workers"):
@@ -60,6 +62,8 @@ class Options:
             raise UserError(
                 f"--workers is {self.workers}; it may be at most {most} here, {WORKERS_PER_CORE} per usable core."
             )
+        if self.engine not in ENGINES:
+            raise UserError(f"--engine is {self.engine!r}; it must be one of {', '.join(ENGINES)}.")
         if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", self.device):
             raise UserError(f"--device is {self.device!r}; it must be cpu or cuda.")
         if self.data is not None and not self.data.is_dir():
@@ -90,6 +94,7 @@ class Options:
         words += [] if self.workers is None else ["--workers", str(self.workers)]
         words += [] if self.on is None else ["--on", self.on]
         words += [] if self.log is None else ["--log", self.log]
+        words += [] if self.engine == AUTO else ["--engine", self.engine]
         return shlex.join(words)
 
     def own_words(self) -> list[str]:
@@ -174,8 +179,6 @@ class Session:
     def train(self, taken: Sequence[RunSpec], expected: Mapping[str, float], advance: Advance) -> None:
         """Has runs trained that were taken, and stored.
 
-        Within a seed the longest goes first, so that no worker ends long after the others.
-
         Args:
             taken: by :meth:`take`.
             expected: about how many seconds each takes, by its key.
@@ -184,7 +187,7 @@ class Session:
         Raises:
             UserError: a run failed, or could not be stored. Those that finished are kept, and the sentence says so.
         """
-        self._train(sorted(taken, key=lambda run: (run.seed, -expected[run.key])), expected, advance)
+        self._train(self.executor.arrange(taken), expected, advance)
 
     def complete(self, runs: Sequence[RunSpec], expected: Mapping[str, float], advance: Advance) -> None:
         """Comes back when all of ``runs`` are stored, those that another process is at included.
@@ -192,7 +195,7 @@ class Session:
         As :meth:`train`; ``advance`` is called without a result for a run that was made elsewhere. No more is taken at a
         time than keeps the workers busy for a while, so that others on the same store have their share.
         """
-        todo = sorted(runs, key=lambda run: (run.seed, -expected[run.key]))
+        todo = list(runs)
         while todo:
             made: set[str] = set()
             self._train(self._taken(todo, expected, made), expected, advance)
@@ -205,16 +208,22 @@ class Session:
 
     def _taken(
         self, todo: Sequence[RunSpec], expected: Mapping[str, float], made: set[str]
-    ) -> Iterator[RunSpec]:
-        """Those of ``todo`` that can be had, each portion taken when its turn comes; their keys are added to ``made``."""
-        for portion in _portions(todo, expected, SHARE * self.executor.workers):
-            taken = self.take(portion)
-            made.update(run.key for run in taken)
-            yield from taken
+    ) -> Iterator[Sequence[RunSpec]]:
+        """What can be had of ``todo``, in batches, a portion of them taken when its turn comes.
 
-    def _train(self, runs: Iterable[RunSpec], expected: Mapping[str, float], advance: Advance) -> None:
+        The keys of what was taken are added to ``made``.
+        """
+        for portion in _portions(self.executor.arrange(todo), expected, SHARE * self.executor.workers):
+            taken = {run.key for run in self.take(run for batch in portion for run in batch)}
+            made |= taken
+            own = ([run for run in batch if run.key in taken] for batch in portion)
+            yield from filter(None, own)
+
+    def _train(
+        self, batches: Iterable[Sequence[RunSpec]], expected: Mapping[str, float], advance: Advance
+    ) -> None:
         try:
-            for result in self.executor.run(runs):
+            for result in self.executor.run(batches):
                 with self._interrupts.held():
                     self.store.save(result)
                 self._saved += 1
@@ -223,6 +232,12 @@ class Session:
         except UserError as error:
             kept = f"{count(self._saved, 'run')} finished before that and kept in {self.store.name}"
             raise UserError(f"{str(error).rstrip('.')} ({kept}).") from error
+
+    def say_refusals(self) -> None:
+        """Says which runs are trained one by one because they cannot be stacked, if that was asked for."""
+        if self.asked.engine == STACKED:
+            for optimizer, reason in self.executor.refusals().items():
+                self.tell(f"{optimizer} is trained run by run: {reason}.")
 
     def report(self, write: Callable[[Path], object]) -> None:
         """Has the page written, and says where it is.
@@ -274,14 +289,14 @@ def count(number: int, noun: str) -> str:
 
 
 def _portions(
-    runs: Sequence[RunSpec], expected: Mapping[str, float], seconds: float
-) -> Iterator[list[RunSpec]]:
-    """The runs in their order, about so many seconds of them at a time."""
-    portion: list[RunSpec] = []
+    batches: Iterable[Sequence[RunSpec]], expected: Mapping[str, float], seconds: float
+) -> Iterator[list[Sequence[RunSpec]]]:
+    """The batches in their order, about so many seconds of them at a time."""
+    portion: list[Sequence[RunSpec]] = []
     left = seconds
-    for run in runs:
-        portion.append(run)
-        left -= expected[run.key]
+    for batch in batches:
+        portion.append(batch)
+        left -= sum(expected[run.key] for run in batch)
         if left <= 0:
             yield portion
             portion, left = [], seconds
@@ -291,8 +306,9 @@ def _portions(
 
 def _executor(asked: Options) -> Executor:
     if asked.on is None:
-        return LocalProcesses(asked.task, asked.data, asked.device, asked.workers)
-    return RayCluster(cluster_address(asked.on), asked.task, asked.data, asked.device, asked.workers)
+        return LocalProcesses(asked.task, asked.data, asked.device, asked.workers, asked.engine)
+    address = cluster_address(asked.on)
+    return RayCluster(address, asked.task, asked.data, asked.device, asked.workers, asked.engine)
 
 
 def _check_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from surefoot.lab.plan import MOST_RUNS, MethodRequest, parse_optimizers, parse_
 from surefoot.lab.progress import roughly, shown, wall_seconds
 from surefoot.lab.report.words import with_sd
 from surefoot.lab.runs import Method, RunResult, RunSpec, SearchSpec, Study, Trial
-from surefoot.lab.search import GRID, SAMPLERS, Outcome, known, promoted, propose, ranked, rungs
+from surefoot.lab.search import GRID, LEARNING, SAMPLERS, Outcome, known, promoted, propose, ranked, rungs
 from surefoot.lab.session import Advance, Options, Session, at_least, count
 from surefoot.lab.spaces import BATCH, RATE, Choices, Range, Space
 
@@ -28,6 +28,8 @@ SHOWN = 5
 """So many of the best trials are compared in the report."""
 AT_ONCE = 5
 """Trials under way at once, if that keeps all workers busy: a sampler learns from those before."""
+AT_ONCE_UNLEARNED = 20
+"""The same of a sampler that does not learn: more of them make larger stacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,8 @@ class _Search:
             )
         self._most = int(min(wanted, size))
         self._mirror = Mirror(session.store.url, self._search, self._space, session.tell)
+        least = AT_ONCE if asked.sampler in LEARNING else AT_ONCE_UNLEARNED
+        self._at_once = asked.at_once or max(least, math.ceil(session.executor.workers / self._rungs[0]))
         self._best: int | None = None  # the number of the best trial that was told of
 
     def _prepare(self, space: Space) -> None:
@@ -182,7 +186,9 @@ class _Search:
         if left:
             with session.status("timing the optimizer for a moment"):
                 probes = specs(self._task, self._probes, self._search.epochs, [0])
-                times = session.executor.estimate(probes)
+                alike = self._at_once * self._search.seeds
+                times = session.executor.estimate(probes, min(left, alike), remember=not dry_run)
+            session.say_refusals()
             each = math.fsum(times) / len(times)
             about = roughly(wall_seconds([each] * left, session.executor.workers))
             session.say(
@@ -204,7 +210,6 @@ class _Search:
     def _search_on(self, each: float, left: int, advance: Advance) -> None:
         """Tries settings until there are enough of them, or no more to try."""
         session, asked = self._session, self._asked
-        at_once = asked.at_once or max(AT_ONCE, math.ceil(session.executor.workers / self._rungs[0]))
 
         def finished(seconds: float, result: RunResult | None) -> None:
             nonlocal left
@@ -225,7 +230,7 @@ class _Search:
                 taken = self._take(trials)
                 mine = {run.key for run in taken}
                 under_way = sum(not mine.isdisjoint(self._missing(trial)) for trial in trials)
-                room = min(at_once - under_way, self._most - len(trials))
+                room = min(self._at_once - under_way, self._most - len(trials))
                 if room > 0:
                     what = f"the sampler {asked.sampler}"
                     arguments = asked.sampler, self._space, known(trials), room

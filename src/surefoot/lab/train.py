@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from surefoot.lab import catalogue
-from surefoot.lab.course import Course
+from surefoot.lab.course import Course, Timed
 from surefoot.lab.errors import UserError
 from surefoot.lab.runs import RunResult, RunSpec
 from surefoot.lab.schedules import scheduler
@@ -40,17 +40,15 @@ def train(task: Task, spec: RunSpec, device: str | torch.device = "cpu") -> RunR
     return result
 
 
-def estimate_seconds(
-    task: Task, spec: RunSpec, device: str | torch.device = "cpu", moment: float = 0.3
-) -> float:
-    """About how long ``train`` would take if the run came to its end: from about ``moment`` seconds of real steps.
+def timed(task: Task, spec: RunSpec, device: str | torch.device = "cpu", moment: float = 0.3) -> Timed:
+    """About what ``train`` would take if the run came to its end: from about ``moment`` seconds of real steps.
 
     Raises:
         UserError: as ``train``, where those steps meet the reason.
     """
     device = usable_device(device)
     with own_random_state(device):
-        return Single(task, spec, device).estimate(moment)
+        return Single(task, spec, device).timed(moment)
 
 
 def usable_device(name: str | torch.device) -> torch.device:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from surefoot.lab.errors import UserError
 from surefoot.lab.runs import Method, RunResult, RunSpec, TaskInfo
 
 if TYPE_CHECKING:
+    from surefoot.lab.engines import Timing
     from surefoot.lab.plan import MethodRequest
     from surefoot.lab.tasks.base import Task
 
@@ -28,6 +30,8 @@ class Job:
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    instead: Job | None = None
+    """What is to be tried if it was the death of a worker; ``None``: the same again."""
 
 
 Reply = tuple[Literal["done", "refused", "failed"], Any]
@@ -115,18 +119,32 @@ def prepare(
     return task, methods
 
 
-def estimate(room: Room, spec: RunSpec) -> float:
-    """About how many seconds a run takes."""
-    from surefoot.lab import train
+def kinds(room: Room, runs: Sequence[RunSpec]) -> list[str]:
+    """Which of the runs take the same time and may be one stack: the same word for those."""
+    from surefoot.lab.population import kind_of
 
-    return train.estimate_seconds(room.task, spec, room.device)
+    return [kind_of(spec) for spec in runs]
 
 
-def run(room: Room, batch: Sequence[RunSpec]) -> list[RunResult]:
-    """The runs of a batch, one after the other."""
-    from surefoot.lab import train
+def estimate(room: Room, spec: RunSpec, engine: str, runs: int, remember: bool) -> Timing:
+    """What so many runs like this one take, each of the ways that ``engine`` allows."""
+    from surefoot.lab.timing import timing
+
+    return timing(room.task, spec, room.device, engine, runs, remember)
+
+
+def run(room: Room, batch: Sequence[RunSpec], lowering: str | None = None) -> list[RunResult]:
+    """The runs of a batch: as one stack, or one after the other.
+
+    A stack that fails is gone through again one by one, so that only the run whose fault it was ends what is being done.
+    """
+    from surefoot.lab import population, train
     from surefoot.lab.tasks import explain
 
+    _check_version(room, batch[0])
+    if lowering is not None and len(batch) > 1:
+        with suppress(Exception):
+            return population.train_stack(room.task, batch, room.device, lowering)
     results = []
     for spec in batch:
         _check_version(room, spec)

@@ -1,0 +1,96 @@
+"""How many runs are trained together, and in which way: what was timed, and the choice among it.
+
+This is the driver's side, which must not import torch; the timing itself is :mod:`surefoot.lab.timing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from surefoot.lab.runs import RunSpec
+
+AUTO, SEPARATE, STACKED = ENGINES = ("auto", "separate", "stacked")
+"""The fastest way; one run after the other; stacks, where they can be had, whether they are faster or not."""
+MOST = 256
+"""Runs in a stack: no machine was seen on which more were faster."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of training runs that are alike, and what it takes."""
+
+    lowering: str | None
+    """How the stack is computed, one of :data:`surefoot.lab.population.LOWERINGS`; ``None``: each run by itself."""
+    runs: int
+    """How many are trained together."""
+    step: float
+    """Seconds that one step takes, divided by the runs that make it together."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What runs that are alike take, each way that was tried."""
+
+    rest: float
+    """Seconds of a run beside its steps: its making, and its validation."""
+    steps: int
+    ways: tuple[Way, ...]
+    """Each run by itself is the first."""
+    up_to: int
+    """Stacks of more runs were not thought of."""
+    refusal: str | None = None
+    """Why there are no stacks, as the end of a sentence."""
+
+    def seconds(self, way: Way) -> float:
+        """What one run takes this way, its share."""
+        return self.rest + self.steps * way.step
+
+    def best(self, engine: str, runs: int) -> Way:
+        """The fastest way for so many runs, of those that the engine allows."""
+        alone, *stacks = self.ways
+        stacks = [way for way in stacks if way.runs <= max(runs, 1)]
+        if engine == SEPARATE or not stacks:
+            return alone
+        return min([alone, *stacks] if engine == AUTO else stacks, key=lambda way: way.step)
+
+
+def batches(
+    runs: Sequence[RunSpec],
+    kind: Callable[[RunSpec], str],
+    way: Callable[[str], Way],
+    seconds: Callable[[RunSpec], float],
+    workers: int,
+    least: float,
+) -> list[tuple[RunSpec, ...]]:
+    """The runs as they are best given to workers, in this order.
+
+    Only runs of one kind share a batch. None is longer than a worker's share of the whole time; the low seeds come first,
+    and among batches that begin with the same seed the longest, so that no worker ends long after the others.
+
+    Args:
+        runs: all of them.
+        kind: which runs are alike.
+        way: how a kind is trained.
+        seconds: what a run takes.
+        workers: how many batches are under way at once.
+        least: seconds that a batch of runs by themselves should take.
+    """
+    kinds: dict[str, list[RunSpec]] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        kinds.setdefault(kind(run), []).append(run)
+    share = sum(map(seconds, runs)) / workers
+    cut: list[tuple[RunSpec, ...]] = []
+    for name, own in kinds.items():
+        each = sum(map(seconds, own)) / len(own)
+        at_once = way(name).runs if way(name).lowering else _over(least, each)
+        number = max(round(len(own) / at_once), min(len(own), _over(len(own) * each, share)), 1)
+        ends = [len(own) * i // number for i in range(number + 1)]
+        cut += [tuple(own[start:end]) for start, end in pairwise(ends) if end > start]
+    return sorted(cut, key=lambda batch: (batch[0].seed, -sum(map(seconds, batch))))
+
+
+def _over(a: float, b: float) -> int:
+    """``a / b`` rounded up, at least 1; a little more than a whole number is that number."""
+    return max(1, -int(-(a / b - 1e-9) // 1)) if b > 0 else 1

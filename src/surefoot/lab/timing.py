@@ -1,0 +1,139 @@
+"""Which way of training is the fastest, timed for a moment on the real work and remembered for this machine and task."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pooch
+import torch
+
+from surefoot._version import __version__
+from surefoot.lab.course import processor
+from surefoot.lab.engines import MOST, SEPARATE, STACKED, Timing, Way
+from surefoot.lab.population import LOWERINGS, kind_of, refusal, stack_step_seconds
+from surefoot.lab.runs import NUMERICS, RunSpec, digest_of
+from surefoot.lab.tasks.base import Task
+from surefoot.lab.train import timed
+
+MOMENT = 0.2
+"""Seconds that each way is timed."""
+WORTH = 5.0
+"""Seconds of training: to make less of it faster, no time is spent."""
+_BETTER = 0.98
+"""A way is better if it takes less than this share of the time."""
+
+
+def timing(task: Task, spec: RunSpec, device: str, engine: str, runs: int, remember: bool = True) -> Timing:
+    """What runs like this one take, each of the ways that ``engine`` allows.
+
+    Stacks are tried in powers of two as long as they become faster. What was found is kept in the user's cache folder
+    (``surefoot/engines``), a file for each machine, version, task and kind of run.
+
+    Args:
+        task: what is trained.
+        spec: one of the runs.
+        device: where.
+        engine: one of :data:`surefoot.lab.engines.ENGINES`.
+        runs: how many such runs there are to do.
+        remember: keep what was found.
+    """
+    most = min(runs, MOST)
+    file = _folder() / f"{_machine_and_kind(spec, device)}.json"
+    known = _read(file)
+    if known is not None and (engine == SEPARATE or most <= known.up_to):
+        return known
+    found = known or _alone(task, spec, device)
+    if engine == SEPARATE or most < 2:
+        return found
+    if engine == STACKED or runs * found.seconds(found.ways[0]) > WORTH:
+        found = _stacks(found, task, spec, device, most)
+        if remember:
+            _write(file, found)
+    return found
+
+
+def _alone(task: Task, spec: RunSpec, device: str) -> Timing:
+    found = timed(task, spec, device)
+    return Timing(found.rest, found.steps, (Way(None, 1, found.step),), up_to=1)
+
+
+def _stacks(found: Timing, task: Task, spec: RunSpec, device: str, most: int) -> Timing:
+    """The same with stacks of up to ``most`` runs tried."""
+    refusals = {name: refusal(task, spec, device, name) for name in LOWERINGS}
+    usable = [name for name, reason in refusals.items() if reason is None]
+    if not usable:
+        return replace(found, up_to=MOST, refusal=list(refusals.values())[-1])
+    ways = list(found.ways)
+    if len(usable) > 1 and len(ways) == 1:  # which of them is told by one size, and then climbs alone
+        ways += [way for name in usable if (way := _way(task, spec, device, name, min(most, 8)))]
+    lowering = min(ways[1:], key=lambda way: way.step).lowering if len(ways) > 1 else usable[0]
+    assert lowering is not None
+    tried = {way.runs: way for way in ways if way.lowering == lowering}
+    best, size, worse = ways[0].step, 2, 0
+    while size <= most and worse < 2:
+        if size not in tried:
+            way = _way(task, spec, device, lowering, size)
+            if way is None:  # no memory for it
+                break
+            ways.append(way)
+            tried[size] = way
+        step = tried[size].step
+        worse = 0 if step < _BETTER * best else worse + 1
+        best = min(best, step)
+        size *= 2
+    return replace(found, ways=tuple(ways), up_to=most if size > most else MOST)
+
+
+def _way(task: Task, spec: RunSpec, device: str, lowering: str, runs: int) -> Way | None:
+    specs = [replace(spec, seed=seed) for seed in range(runs)]
+    try:
+        return Way(lowering, runs, stack_step_seconds(task, specs, device, lowering, MOMENT) / runs)
+    except (torch.OutOfMemoryError, MemoryError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def _folder() -> Path:
+    return Path(pooch.os_cache("surefoot")) / "engines"
+
+
+def _machine_and_kind(spec: RunSpec, device: str) -> str:
+    cuda = device.startswith("cuda")
+    return digest_of(
+        {
+            "kind": kind_of(spec),
+            "numerics": NUMERICS,
+            "surefoot": __version__,
+            "torch": str(torch.__version__),
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if cuda else device,
+        }
+    )
+
+
+def _read(file: Path) -> Timing | None:
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf8"))
+        return Timing(**{**record, "ways": tuple(Way(**way) for way in record["ways"])})
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not ours
+        return None
+
+
+def _write(file: Path, found: Timing) -> None:
+    """Whole or not at all; without a folder that can be written the timing is made again next time."""
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=file.parent)
+        with os.fdopen(descriptor, "w", encoding="utf8") as written:
+            json.dump(asdict(found), written)
+        os.replace(name, file)
