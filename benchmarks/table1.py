@@ -26,7 +26,7 @@ def command(arguments: argparse.Namespace) -> list[str]:
     """The comparison's command line."""
     rows = ",".join(row.request for row in TABLE_1)
     words = ["compare", "mnist", "--optimizers", rows, "--seeds", str(arguments.seeds)]
-    words += ["--epochs", str(arguments.epochs), "--out", str(arguments.out)]
+    words += ["--epochs", str(arguments.epochs), "--out", str(arguments.out), "--engine", "separate"]
     return words + (["--data", str(arguments.data)] if arguments.data else [])
 
 

@@ -122,6 +122,7 @@ class TestRefusals:
             (["compare", "digits", "--device", "tpu"], "--device"),
             (["compare", "digits", "--on", "slurm"], "--on is 'slurm'"),
             (["compare", "digits", "--log", "mlflow"], "--log is 'mlflow'"),
+            (["compare", "digits", "--engine", "gpu"], "--engine is 'gpu'"),
             (["compare", "digits", "--store", "nosuch://x"], "nosuch://x"),
             (["sweep"], "'task'"),
             (["sweep", "digits"], "--optimizer"),
@@ -181,6 +182,7 @@ class TestPassingOn:
             "compare", "my task.py:task", "--optimizers", "adam[eps=1e-8|1e-4]", "--rates", "0.1", "--seeds", "3",
             "--epochs", "2", "--batch", "7", "--data", str(tmp_path), "--out", "o", "--device", "cuda:1", "--store",
             "s.sqlite", "--workers", "2", "--on", "ray://head:10001", "--log", "tensorboard,wandb",
+            "--engine", "separate",
         )  # fmt: skip
         again, _ = asked(*shlex.split(first.command())[1:])
         assert again == first

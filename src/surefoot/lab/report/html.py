@@ -134,7 +134,7 @@ def _summary_columns(study: Study, analysis: Analysis) -> list[tuple[str, str]]:
     ]
     if study.task.metric_name:
         columns.append((f"final {study.task.metric_name}", "mean and 95 % interval over the seeds"))
-    columns.append(("ms a step", "median over all runs"))
+    columns.append(("ms a step", "median over all runs; of a stack, its share"))
     if _has_decades(analysis):
         columns.append(
             (
