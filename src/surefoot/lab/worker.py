@@ -6,6 +6,7 @@ not import torch: the functions do.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -70,11 +71,23 @@ def begin() -> None:
     """Makes this process a worker: one thread, and what it needs loaded before the first job comes."""
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = "1"  # read by the libraries when they are loaded: now
+    _keep_memory()
     import torch
 
     from surefoot.lab import tasks, train  # noqa: F401
 
     torch.set_num_threads(1)
+
+
+def _keep_memory() -> None:
+    """Has glibc keep what is freed: a step frees the same large blocks that the next one wants, cleared anew if given back.
+
+    Steps of large stacks take up to a fifth less time. Other systems do without.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(None)
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            library.mallopt(option, 1 << 30)
 
 
 def answer(room: Room, job: Job) -> Reply:
