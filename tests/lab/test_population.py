@@ -51,12 +51,12 @@ CURVES = (
 )
 
 
-@pytest.fixture(autouse=True)
 def usable(task, spec):
     """The lowerings that can be used."""
     return [name for name in LOWERINGS if refusal(task, spec, lowering=name) is None]
 
 
+@pytest.fixture(autouse=True)
 def _one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -198,9 +198,12 @@ class Grouped(Lowering):
         names = {name for name, _ in model.named_parameters()}
         self._layers = list(_layers_of(model, "", names))
         self._convolved = {f"{name}weight" for name, layer in self._layers if type(layer) is nn.Conv2d}
+        self._multiplied = {f"{name}weight" for name, layer in self._layers if type(layer) is nn.Linear}
         self._widest = 1  # numbers of one model and pattern in the largest signal so far
 
     def arranged(self, name: str, tensor: Tensor) -> Tensor:
+        if name in self._multiplied:  # so lies its gradient, which then need not be copied
+            return tensor.mT.contiguous().mT
         if name not in self._convolved:
             return tensor.contiguous()
         return _channels_last(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
