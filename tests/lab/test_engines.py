@@ -187,6 +187,16 @@ class TestTiming:
         machine.steps = {("grouped", 2): 6e-4, ("grouped", 4): 4e-4, ("grouped", 8): MemoryError()}
         assert ask().best(AUTO, 100).runs == 4
 
+    def test_no_larger_stack_than_memory_allows(self, machine, monkeypatch):
+        machine.refusals = {"grouped": None, "vmap": "no"}
+        machine.steps = {("grouped", k): 1e-3 / k for k in (2, 4, 8, 16)}
+        monkeypatch.setattr(timings, "_free_memory", lambda: 1000.0 * os.cpu_count())
+        # A run of a stack takes 100 bytes: 8 would take 800, and 16 more than there are.
+        monkeypatch.setattr(
+            timings, "_peak_memory", lambda: 100 * max((k for _, k in machine.asked[1:]), default=0)
+        )
+        assert ask().best(AUTO, 100).runs == 8
+
     def test_a_damaged_memory_is_made_again(self, machine, tmp_path):
         machine.steps = {(n, k): 1e-3 for n in ("grouped", "vmap") for k in (2, 4, 8)}
         found = ask()

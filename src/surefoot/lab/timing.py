@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -21,6 +23,11 @@ from surefoot.lab.runs import NUMERICS, RunSpec, digest_of
 from surefoot.lab.tasks.base import Task
 from surefoot.lab.train import timed
 
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
+
 MOMENT = 0.2
 """Seconds that each way is timed."""
 WORTH = 5.0
@@ -32,7 +39,8 @@ _BETTER = 0.98
 def timing(task: Task, spec: RunSpec, device: str, engine: str, runs: int, remember: bool = True) -> Timing:
     """What runs like this one take, each of the ways that ``engine`` allows.
 
-    Stacks are tried in powers of two as long as they become faster. What was found is kept in the user's cache folder
+    Stacks are tried in powers of two as long as they become faster, and would not take more memory than each core may have.
+    What was found is kept in the user's cache folder
     (``surefoot/engines``), a file for each machine, version, task and kind of run.
 
     Args:
@@ -76,7 +84,8 @@ def _stacks(found: Timing, task: Task, spec: RunSpec, device: str, most: int) ->
     assert lowering is not None
     tried = {way.runs: way for way in ways if way.lowering == lowering}
     best, size, worse = ways[0].step, 2, 0
-    while size <= most and worse < 2:
+    before, room = _peak_memory(), _free_memory() / (os.cpu_count() or 1)
+    while size <= most and worse < 2 and 2 * (_peak_memory() - before) < room:
         if size not in tried:
             way = _way(task, spec, device, lowering, size)
             if way is None:  # no memory for it
@@ -98,7 +107,23 @@ def _way(task: Task, spec: RunSpec, device: str, lowering: str, runs: int) -> Wa
         return None
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
+def _peak_memory() -> int:
+    """The most bytes that this process has held so far; 0 where the system does not say."""
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _free_memory() -> float:
+    """Bytes that processes may still take; infinite where the system does not say."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return math.inf
+
+
+# ---------------------------------------------------------------------------------------------------- what is remembered
 
 
 def _folder() -> Path:
