@@ -388,23 +388,27 @@ class SelfTuning(Optimizer):
             state[declared.name] = tensor.copy_(init) if isinstance(init, Tensor) else tensor.fill_(init)
         state["step"] = 0
 
+    def _first(self) -> Tensor | None:
+        """The first parameter, in whose state what belongs to all of them is kept; ``None`` where all groups are empty."""
+        return next((p for p, _ in self._members()), None)
+
     def _keeper(self) -> dict[str, Any]:
-        """The state of the first parameter, where what belongs to all of them is kept."""
-        return self.state[self.param_groups[0]["params"][0]]
+        """That parameter's state."""
+        return self.state[cast(Tensor, self._first())]
 
     def _kept(self, count: str) -> int:
         """One of the counts kept there, 0 before it has begun: ``clock`` (a global rule's steps) or ``lr_counter``."""
-        return self.state.get(self.param_groups[0]["params"][0], {}).get(count, 0)
+        first = self._first()
+        return 0 if first is None else self.state.get(first, {}).get(count, 0)
 
     def _shared(self) -> dict[str, Tensor]:
         """What the rule keeps for all parameters together; made at the first call."""
-        group = self.param_groups[0]
-        declared = self.rule.declare_shared(group)
+        first = self._first()
+        declared = () if first is None else self.rule.declare_shared(self.param_groups[0])
         keeper = self._keeper() if declared else {}
         for state in declared:
             if state.name not in keeper:
-                first = group["params"][0]
-                start = torch.as_tensor(state.init, dtype=torch.float64, device=first.device)
+                start = torch.as_tensor(state.init, dtype=torch.float64, device=cast(Tensor, first).device)
                 keeper[state.name] = start.expand(self.space.shape).clone()
         return {state.name: keeper[state.name] for state in declared}
 
