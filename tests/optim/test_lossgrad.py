@@ -218,6 +218,62 @@ def test_a_schedule_shortens_the_step_and_not_the_probe():
     assert ends[1][0] < 0.7 * ends[0][0]
 
 
+SCHEDULES = {
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.05, 0.5, 4, cycle_momentum=False),
+    "onecycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.5, total_steps=20, cycle_momentum=False),
+    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, factor=0.1, patience=0),
+    "exponential": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.7),
+    "by hand": lambda o: None,
+}
+
+
+@pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5, dtype=torch.float64)], ids=["number", "tensor"])
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_whatever_moves_lr_what_is_probed_is_the_lr_that_the_group_was_given(schedule, lr):
+    """And is so from a checkpoint on, into an optimizer that was given another."""
+    p = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = LossGrad([p], lr=copy.deepcopy(lr), initial_rate=1e-3, **PUBLISHED)
+    scheduler = schedule(optimizer)
+    taken = set()
+    for step in range(12):
+        if step == 6:
+            saved = optimizer.state_dict()
+            optimizer = LossGrad([p], lr=0.125, initial_rate=1e-3, **PUBLISHED)
+            optimizer.load_state_dict(saved)
+            if scheduler:
+                scheduler.optimizer = optimizer
+            else:
+                optimizer.param_groups[0]["lr"] = 0.05
+        start, seen = p.item(), []
+
+        def evaluate(seen=seen):
+            seen.append(p.item())
+            return -p.sum()
+
+        p.grad = torch.full_like(p, -1.0)
+        optimizer.step(loss=-p.detach().sum(), evaluate=evaluate)
+        h = 1e-3 * 1.05**step
+        assert seen[0] - start == pytest.approx(0.5 * h)
+        assert optimizer.state[p]["step_size"].item() == pytest.approx(1.05 * h)
+        taken.add(round((p.item() - start) / h, 9))
+        if scheduler:
+            scheduler.step(
+                *([1.0] if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else [])
+            )
+    assert len(taken) > 1, "the steps that were taken are the schedule's"
+
+
+def test_a_checkpoint_from_before_lr_was_remembered_is_taken_at_this_optimizers():
+    optimizer, p = scalar(1.0, lr=0.5)
+    one_step(optimizer, p, lambda x: x * x, lambda x: 2 * x)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["given_lr"]
+    optimizer, p = scalar(1.0, lr=0.25)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["given_lr"] == 0.25
+    one_step(optimizer, p, lambda x: x * x, lambda x: 2 * x)
+
+
 @pytest.mark.parametrize("direction", ["sgd", "momentum", "nesterov", "adam", "sign"])
 @pytest.mark.parametrize("probe", ["step", "raw"])
 def test_every_direction_finds_its_step_from_far_too_small_a_one(direction, probe):

@@ -33,6 +33,8 @@ Loss = float | Tensor
 
 _FOREIGN_OPTIONS = frozenset(
     {"params", "param_names", "name"}
+    # written by add_param_group: the group's lr as it was given, whatever a scheduler makes of it
+    | {"given_lr"}
     # written into groups by torch's schedulers
     | {"initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"}
 )
@@ -67,7 +69,7 @@ class SelfTuning(Optimizer):
         rule: how far, from :mod:`surefoot.optim.rules`.
         lr: a number or a 0-d tensor that multiplies every rate (default 1.0). This, and only this, is what
             ``group["lr"]`` holds and what a scheduler moves; a logger that reads it logs the multiplier. The rates
-            themselves are what :meth:`rates` gives. ``lr=0`` moves nothing.
+            themselves are what :meth:`rates` gives. ``lr=0`` moves nothing. ``group["given_lr"]`` remembers it.
         maximize: go up instead of down.
         average: what :meth:`averaged` evaluates, from :mod:`surefoot.optim.averaging`; one more copy of the weights.
         max_norm: the norm of all gradients together is clipped to it first, as by ``torch.nn.utils.clip_grad_norm_``, but
@@ -424,6 +426,7 @@ class SelfTuning(Optimizer):
             ValueError: where the state is not what this direction and rule declare, or does not fit the parameters.
         """
         found: dict[Tensor, dict[str, Any]] = {}
+        given = [group["given_lr"] for group in self.param_groups]
 
         def take(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             # torch would cast every tensor to its parameter's dtype: it is given the groups alone.
@@ -431,9 +434,10 @@ class SelfTuning(Optimizer):
             return {**state_dict, "state": {}}
 
         def restore(_: Optimizer) -> None:
-            for p, group in self._members():
-                for name, default in self.defaults.items():
+            for group, lr in zip(self.param_groups, given, strict=True):
+                for name, default in {**self.defaults, "given_lr": lr}.items():
                     group.setdefault(name, default)
+            for p, group in self._members():
                 if p in found:
                     self.state[p] = self._restored(p, group, found[p])
 
@@ -502,6 +506,8 @@ class SelfTuning(Optimizer):
         self._check_options(param_group, "a parameter group")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        lr = group["lr"]
+        group.setdefault("given_lr", lr.clone() if isinstance(lr, Tensor) else lr)
         try:
             for p in group["params"]:
                 self._check_parameter(p)

@@ -415,7 +415,7 @@ class LossGrad(SelfTuning):
 
     Args:
         params: parameters or groups; a group may have an lr of its own, and every other option is one for all.
-        lr: multiplies the step. A schedule shortens the step that is taken, not the one that is probed.
+        lr: multiplies the step. A schedule, or a change by hand, shortens the step that is taken, not the one that is probed.
         direction: "sgd" as published, "momentum", "nesterov", "adam" or "sign".
         initial_rate: h at the start.
         up, down: the factors; 1.05 both in the paper.

@@ -78,9 +78,11 @@ class LossGrad(Rule):
     ``horizon`` = T: the steps that are taken fade linearly, from h to h / T at step T and then to 0; the probe stays at h.
     ``None``: no fading.
 
-    Parameter groups with their own lr move by their own multiple of the one h. A scheduler shortens the step that is
-    taken, not the one that is probed, so that h does not grow to undo the schedule: where a group has a ``max_lr`` or an
-    ``initial_lr`` (schedulers write them), that is its multiple.
+    Parameter groups with their own lr move by their own multiple of the one h. A scheduler, or who changes ``group["lr"]`` by
+    hand, shortens the step that is taken, not the one that is probed, so that h does not grow to undo it: what is probed is
+    the lr that the group was given, ``group["given_lr"]``.
+
+    No step is made, and h stays, where the loss or the gradient is not finite.
     """
 
     initial_rate: Number = 1e-4
@@ -255,13 +257,17 @@ def looks_along(slot: Slot) -> Tensor:
     return slot.direction.raw(slot) if slot.options["probe"] == "raw" else slot.update
 
 
+def has_ramp(options: Mapping[str, Any]) -> bool:
+    """Whether there is a ramp, in a stack for any of its models (a tensor is not looked into)."""
+    return isinstance(options["ramp"], Tensor) or options["ramp"] > 1
+
+
 def multiple(slot: Slot) -> Number:
-    """What a parameter's step is multiplied by when it is probed: its group's lr, before or at the peak of a schedule."""
-    o = slot.options
-    return o.get("max_lr", o.get("initial_lr", o["lr"]))
+    """What a parameter's step is multiplied by when it is probed: its group's lr as it was given."""
+    return slot.options["given_lr"]
 
 
 def is_scheduled(slot: Slot) -> bool:
-    """Whether the step that is taken may differ from the one that is probed."""
-    lr, first = slot.options["lr"], multiple(slot)
-    return first is not lr and (isinstance(lr, Tensor) or isinstance(first, Tensor) or first != lr)
+    """Whether the step that is taken may differ from the one that is probed (tensors are not looked into)."""
+    lr, given = slot.options["lr"], slot.options["given_lr"]
+    return isinstance(lr, Tensor) or isinstance(given, Tensor) or lr != given
