@@ -642,6 +642,12 @@ def test_the_next_steps_loss_is_the_probe_where_the_batch_is_the_whole(weight_de
     assert len(set(ends[0])) > 10
 
 
+@pytest.mark.parametrize("name", ["ramp", "initial_rate"])
+def test_infinity_is_no_factor_and_no_start(name):
+    with pytest.raises(ValueError, match=f"{name} must be .* and finite, not inf"):
+        LossGrad([torch.zeros(1)], **{name: math.inf})
+
+
 def test_next_with_decoupled_decay_is_refused():
     with pytest.raises(ValueError, match="cannot tell decoupled weight decay"):
         SelfTuning(

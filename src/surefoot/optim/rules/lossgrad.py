@@ -101,11 +101,13 @@ class LossGrad(Rule):
     probes: ClassVar[bool] = True
 
     def check(self) -> None:
-        require("initial_rate", self.initial_rate, "above 0", lambda v: v > 0)
+        require(
+            "initial_rate", self.initial_rate, "above 0 and finite", lambda v: all_of(v > 0, v < math.inf)
+        )
         require("up", self.up, "at least 1", lambda v: v >= 1)
         require("down", self.down, "at least 1", lambda v: v >= 1)
         require("threshold", self.threshold, "in (0, 1]", lambda v: all_of(v > 0, v <= 1))
-        require("ramp", self.ramp, "at least 1", lambda v: v >= 1)
+        require("ramp", self.ramp, "at least 1 and finite", lambda v: all_of(v >= 1, v < math.inf))
         require_whole("probe_every", self.probe_every, 1)
         require("probe", self.probe, f"one of {', '.join(PROBES)}", lambda v: v in PROBES)
         if self.probe == "next":
