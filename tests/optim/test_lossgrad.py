@@ -193,6 +193,28 @@ def test_probe_every_takes_its_factors_to_the_power():
     assert optimizer.rates().mean == pytest.approx(1e-3 * 1.1**8)
 
 
+@pytest.mark.parametrize("start", [1e-4, 100.0])
+def test_with_a_ramp_the_first_forty_steps_are_probed_whatever_probe_every_is(start):
+    """By the factors themselves: seven unjudged steps at an h that a ramp is still looking for would end a training."""
+    runs = []
+    for every in (1, 8):
+        p = torch.full((1,), 3.0, dtype=torch.float64, requires_grad=True)
+        optimizer = LossGrad([p], initial_rate=start, probe_every=every)
+        calls, ends = [], []
+        for step in range(72):
+            p.grad = 2 * p.detach()
+
+            def evaluate(step=step, p=p, calls=calls):
+                calls.append(step + 1)
+                return p.square().sum()
+
+            optimizer.step(loss=p.detach().square().sum(), evaluate=evaluate)
+            ends.append(p.item())
+        runs.append((calls, ends))
+    assert runs[1][0] == [*range(1, 41), 48, 56, 64, 72]
+    assert runs[1][1][:40] == runs[0][1][:40]
+
+
 def test_a_schedule_shortens_the_step_and_not_the_probe():
     """h does not grow to undo the schedule: a straight loss raises it by the same factor with one as without."""
     ends = []

@@ -422,7 +422,8 @@ class LossGrad(SelfTuning):
         threshold: :math:`\tau` in (0, 1]; the step aims at :math:`2 \tau` times the best one along the line; 0.5 in
             the paper.
         ramp: the factor to begin with; its root takes its place whenever h turns upwards, down to ``up`` and ``down``.
-        probe_every: k, a probe at every k-th step, with the factors to the k-th power.
+        probe_every: k, a probe at every k-th step, with the factors to the k-th power; with a ramp the first 40 steps are all
+            probed.
         step_sizes: smallest and largest h.
         probe: "step" looks along the step itself, "raw" along the direction without its momentum; "next" takes the next
             step's loss, for training on the full batch: then no ``evaluate`` is needed.

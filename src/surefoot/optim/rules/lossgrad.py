@@ -18,6 +18,8 @@ from surefoot.optim.parts import Number, Slot, State, all_of, require, require_l
 from surefoot.optim.rules.base import Rule
 
 PROBES = ("step", "raw", "next")
+SEARCH = 40
+"""That many first steps are all probed where there is a ramp, whatever ``probe_every`` is."""
 
 
 def rises(f0: Tensor, f1: Tensor, h: Tensor, slope: Tensor, threshold: Number, floor: Tensor) -> Tensor:
@@ -63,8 +65,9 @@ class LossGrad(Rule):
     ``initial_rate``: h at the start, above 0. ``up`` and ``down``: at least 1; equal ones make h the median over the
     batches of the best step, a larger ``down`` a lower quantile, log up / (log up + log down). ``threshold`` in (0, 1].
     ``ramp``: at least 1, a larger factor to begin with, so that an initial rate that is far off does not take hundreds of
-    steps to leave: whenever h turns upwards its root takes its place, until ``up`` and ``down`` are larger. ``probe_every`` = k: a probe at every k-th step, with factors up^k and down^k. ``step_sizes``: smallest and largest
-    h.
+    steps to leave: whenever h turns upwards its root takes its place, until ``up`` and ``down`` are larger. ``probe_every`` = k:
+    a probe at every k-th step, with factors up^k and down^k; where there is a ramp (in a stack: where it is a tensor), the
+    first 40 steps are all probed, with up and down. ``step_sizes``: smallest and largest h.
 
     ``probe``: "step" looks along the step that is taken; "raw" along the direction without its momentum (g, or Adam's
     g / (sqrt(v_hat) + eps)), with the momentum's gain divided out of the step; "next" takes the next step's loss for the
@@ -175,7 +178,8 @@ class LossGrad(Rule):
         return h / slot.direction.gain(slot.options) if slot.options["probe"] == "raw" else h
 
     def probes_at(self, clock: int, options: Mapping[str, Any]) -> bool:
-        return options["probe"] != "next" and clock % options["probe_every"] == 0
+        searching = clock <= SEARCH and has_ramp(options)
+        return options["probe"] != "next" and (searching or clock % options["probe_every"] == 0)
 
     def ahead(self, slot: Slot) -> Tensor | None:
         o = slot.options
@@ -203,8 +207,11 @@ class LossGrad(Rule):
         after: Tensor,
     ) -> Tensor:
         """The step size after a look at the loss before and after a step; stores how much of it to keep."""
-        h, slope, every = shared["step_size"], shared["slope"], options["probe_every"]
+        h, slope = shared["step_size"], shared["slope"]
         before, after = before.to(h.device), after.to(h.device)
+        every: Number = options["probe_every"]
+        if options["probe_every"] > 1 and has_ramp(options):
+            every = 1 + (options["probe_every"] - 1) * (shared["steps"] > SEARCH).to(h.dtype)
         # On a parabola the share of the predicted decrease that is missing grows with the step: where a schedule took a
         # share of h, it's compared with that share of the threshold.
         share = shared.get("share", 1.0)
