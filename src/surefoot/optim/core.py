@@ -204,6 +204,9 @@ class SelfTuning(Optimizer):
             if cast(Tensor, p.grad).is_sparse:
                 raise ValueError("sparse gradients are not supported; make the embedding with sparse=False.")
         value = self._loss_value(loss)
+        grads = [cast(Tensor, p.grad) for _, p, _ in moving]
+        if value is not None and moving:
+            grads, value = self._finite(grads, value)
         shared_options = self.param_groups[0]
         clock = self._kept("clock") + 1
         probing = bool(moving) and self.rule.probes_at(clock, shared_options)
@@ -218,7 +221,10 @@ class SelfTuning(Optimizer):
             with_grad=closure is not None,
             in_part=probe_loss is not None,
         )
-        before = value if probe_loss is None else self._loss_value(probe_loss)
+        before = value
+        if probe_loss is not None and value is not None:
+            # As little of a number as the step's own loss.
+            before = cast(Tensor, self._loss_value(probe_loss)).to(value.device) + 0 * value
         for _, p, group in moving:
             if "step" not in self.state[p]:
                 self._begin(p, group)
@@ -226,8 +232,11 @@ class SelfTuning(Optimizer):
                 self.state[p]["compensation"] = torch.zeros_like(p, dtype=torch.float32)
         if self.track_rates and moving and not self._kept("lr_counter"):
             self._record()
-        shared, clip = self._shared(), self._clip([p for _, p, _ in moving])
-        slots: Iterable[Slot] = (self._propose(index, p, group, shared, clip) for index, p, group in moving)
+        shared, clip = self._shared(), self._clip(grads)
+        slots: Iterable[Slot] = (
+            self._propose(index, p, grad, group, shared, clip)
+            for (index, p, group), grad in zip(moving, grads, strict=True)
+        )
         seen: list[Slot] = []
         after = None
         if shared and moving:
@@ -278,12 +287,20 @@ class SelfTuning(Optimizer):
         ):
             return cast(Tensor, self._loss_value(evaluate()))
 
-    def _clip(self, params: Sequence[Tensor]) -> Tensor | None:
+    def _finite(self, grads: Sequence[Tensor], loss: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Gradients and loss as they are, or zeros and NaN for a model that has an entry which is not finite.
+
+        So a rule that goes by the loss makes no step there, and no state takes in what is no number.
+        """
+        finite = self.space.sum(grads).isfinite()
+        sound = [torch.where(self.space.spread(finite, g, torch.bool).to(g.device), g, 0.0) for g in grads]
+        return sound, torch.where(finite, loss.to(finite.device), math.nan)
+
+    def _clip(self, grads: Sequence[Tensor]) -> Tensor | None:
         """What gradients are multiplied by so that their norm is at most ``max_norm``; ``None`` for no limit."""
         largest = self.param_groups[0]["max_norm"]
-        if not params or not (isinstance(largest, Tensor) or largest < math.inf):
+        if not grads or not (isinstance(largest, Tensor) or largest < math.inf):
             return None
-        grads = [cast(Tensor, p.grad) for p in params]
         norm = self.space.dot(grads, grads).sqrt()
         return (torch.as_tensor(largest, dtype=norm.dtype, device=norm.device) / (norm + 1e-6)).clamp(max=1.0)
 
@@ -314,14 +331,20 @@ class SelfTuning(Optimizer):
         return -value if self.param_groups[0]["maximize"] else value
 
     def _propose(
-        self, index: int, p: Tensor, group: dict[str, Any], shared: dict[str, Tensor], clip: Tensor | None
+        self,
+        index: int,
+        p: Tensor,
+        grad: Tensor,
+        group: dict[str, Any],
+        shared: dict[str, Tensor],
+        clip: Tensor | None,
     ) -> Slot:
         """The direction's update for one parameter; nothing has moved yet."""
         state = self.state[p]
         state["step"] += 1
         weight = self._value(p)
         options = self.space.options(group, weight)
-        grad = cast(Tensor, p.grad).to(weight.dtype)
+        grad = grad.to(weight.dtype)
         if group["maximize"]:
             grad = -grad
         clipped = grad if clip is None else grad * self.space.spread(clip.to(weight.device), weight)

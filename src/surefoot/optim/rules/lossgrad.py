@@ -147,10 +147,10 @@ class LossGrad(Rule):
     ) -> None:
         h, steps = shared["step_size"], shared["steps"]
         loss = cast(Tensor, loss).to(h.device)
+        known = torch.isfinite(loss)
         if options["probe"] == "next":
-            judged = self._judged(slots, shared, options, shared["before"], loss)
-            h.copy_(torch.where(steps > 0, judged, h))
-            shared["before"].copy_(loss)
+            h.copy_(self._judged(slots, shared, options, shared["before"], loss))
+            shared["before"].copy_(torch.where(known, loss, shared["before"]))
         space, grads = slots[0].space, [slot.loss_grad for slot in slots]
         along = [multiple(slot) * looks_along(slot) for slot in slots]
         slope = space.dot(grads, along).to(h.device)
@@ -163,13 +163,14 @@ class LossGrad(Rule):
             shared["decay_bend"].copy_(space.dot(shrunk, along) / 2)
         shared["slope"].copy_(slope + shared["decay_slope"])
         fade = faded(steps, options["horizon"])
-        shared["used"].copy_(h.fmin(polyak_cap(loss, shared["slope"], options["lower_bound"])))
+        capped = h.fmin(polyak_cap(loss, shared["slope"], options["lower_bound"]))
+        shared["used"].copy_(torch.where(known, capped, 0.0))
         shared["taken"].copy_(shared["used"] * fade)
         if options["probe"] == "next":
             taken = [slot.options["lr"] * looks_along(slot) for slot in slots]
             scheduled = any(map(is_scheduled, slots))
             share = space.dot(grads, taken).to(h.device) / slope if scheduled else torch.ones_like(slope)
-            shared["share"].copy_(share * fade)
+            shared["share"].copy_(torch.where(slope == 0, 1.0, share) * fade)
         steps.add_(1)
 
     def choose(self, slot: Slot) -> Tensor:
@@ -209,6 +210,8 @@ class LossGrad(Rule):
         """The step size after a look at the loss before and after a step; stores how much of it to keep."""
         h, slope = shared["step_size"], shared["slope"]
         before, after = before.to(h.device), after.to(h.device)
+        # From a loss that is no number, as from none, there's nothing to learn.
+        counts = (shared["steps"] > 0) & torch.isfinite(before)
         every: Number = options["probe_every"]
         if options["probe_every"] > 1 and has_ramp(options):
             every = 1 + (options["probe_every"] - 1) * (shared["steps"] > SEARCH).to(h.dtype)
@@ -230,7 +233,6 @@ class LossGrad(Rule):
         if options["retract"]:
             worse = torch.where(after <= before, math.inf, least.nan_to_num(nan=0.0).clamp(min=0))
             shared["limit"].copy_(torch.where(searching & ~risen, 0.0, worse))
-        counts = shared["steps"] > 0
         shared["factor"].copy_(torch.where(counts, factor, shared["factor"]))
         shared["last"].copy_(torch.where(counts, torch.where(risen, 1.0, -1.0), 0.0))
         # In its strides too, no further than to where the rule would settle on the parabola that was seen.
@@ -240,7 +242,7 @@ class LossGrad(Rule):
         # A capped step has told nothing of a longer one.
         longer = torch.where(shared["used"] < h, h, longer)
         shorter = torch.where(searching, h / factor, h / down)
-        return torch.where(risen, longer, shorter).clamp(*options["step_sizes"])
+        return torch.where(counts, torch.where(risen, longer, shorter).clamp(*options["step_sizes"]), h)
 
     def retracts(self, options: Mapping[str, Any]) -> bool:
         return options["retract"]
