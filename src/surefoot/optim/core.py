@@ -11,7 +11,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast, overload
@@ -23,8 +23,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from surefoot.optim.averaging import Average
 from surefoot.optim.directions import Direction
 from surefoot.optim.parts import WEIGHT, Number, Part, Slot, State, all_of, require, require_whole
-from surefoot.optim.precision import is_short, narrow_, widen, working_dtype
-from surefoot.optim.probe import RandomState, leaving_no_trace
+from surefoot.optim.precision import is_short, narrow_, rounding, widen, working_dtype
+from surefoot.optim.probe import RandomState, called_modules, leaving_no_trace
 from surefoot.optim.rules.base import Rule
 from surefoot.optim.rules.constant import Constant
 from surefoot.optim.space import Space
@@ -39,6 +39,9 @@ _FOREIGN_OPTIONS = frozenset(
     | {"initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"}
 )
 
+
+_CALLER = 5
+"""How far above a warning in :meth:`SelfTuning._check_evaluate` the call of ``step`` is."""
 
 _HISTORY = {"lr_history": torch.float64, "lr_counter": int}
 """What ``track_rates`` keeps beside the first parameter's own state."""
@@ -171,7 +174,8 @@ class SelfTuning(Optimizer):
         """Move every parameter that has a gradient.
 
         Args:
-            closure: computes the loss again, with gradients, and returns it, as for any torch optimizer.
+            closure: computes the loss again, with gradients, and returns it, as for any torch optimizer. Where a rule probes
+                it is called a second time, so that a probe costs a backward pass too; ``evaluate`` costs none.
             loss: the value that the gradients belong to, where it is at hand: a scalar, in a stack ``[K]``. Rules that
                 go by the loss need one of the two; every other rule lets it through.
             probe_loss: where ``evaluate`` computes the loss of a part of the batch only, that part's loss at the weights as
@@ -179,31 +183,44 @@ class SelfTuning(Optimizer):
             evaluate: computes the loss of the same batch again, forward only. For rules that probe the loss at other
                 weights; called at most once a step, never by any other rule. Its dropout masks are those that followed
                 the last :meth:`zero_grad` (or the last step), so call that when the batch is ready, before the forward
-                pass. It leaves buffers, gradients and random streams as they are. With a closure none is needed.
+                pass: where it draws random numbers one more call, in the second step, checks that it gives the step's
+                loss. It leaves buffers, gradients and random streams as they are. With a closure none is needed.
 
         Returns:
             The loss, as it was given or as the closure returned it.
 
         Raises:
             ValueError: for a sparse gradient, for a closure together with a loss, or for a rule that goes by the loss
-                and is given none. Nothing has moved then. Also, after the step, for a ``probe_loss`` with a model in which
-            a part of the batch can't be looked at alone.
+                and is given none. Nothing has moved then. Also where ``evaluate`` returns no loss, and for a ``probe_loss``
+                with a model in which a part of the batch can't be looked at alone.
+            TypeError: for a closure that is no function, such as a loss without its name.
+            What ``evaluate`` raises, Ctrl-C included: the weights are then where they were, unless the rule keeps no copy
+                of them and looks where the step has gone (``LossGrad`` with ``retract=False``).
+
+        Warns:
+            UserWarning: once, where ``evaluate`` draws random numbers and does not give the step's loss.
         """
         if self._swapped:
             raise RuntimeError(
                 "a step inside averaged() would be lost: the weights are their averages there."
             )
+        replay, called = self._random_state, set()
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(
+                    "closure must be a function that computes the loss again; a loss has a name: step(loss=loss)."
+                )
             if loss is not None or evaluate is not None or probe_loss is not None:
                 raise ValueError("step takes a closure, or a loss with evaluate, not both.")
             self._remember_random_state()
-            with torch.enable_grad():
+            replay = self._random_state  # the closure's own zero_grad will remember a later one
+            with called_modules() if self.rule.probes else nullcontext(called) as called, torch.enable_grad():
                 loss = closure()
         moving = [(i, p, group) for i, (p, group) in enumerate(self._members()) if p.grad is not None]
         for _, p, _ in moving:
             if cast(Tensor, p.grad).is_sparse:
                 raise ValueError("sparse gradients are not supported; make the embedding with sparse=False.")
-        value = self._loss_value(loss)
+        value = self._loss_value(loss, "loss" if closure is None else "what the closure returns")
         grads = [cast(Tensor, p.grad) for _, p, _ in moving]
         if value is not None and moving:
             grads, value = self._finite(grads, value)
@@ -218,13 +235,17 @@ class SelfTuning(Optimizer):
         probe = partial(
             self._probed,
             cast(Callable[[], Loss], again),
+            cast(RandomState, replay),
+            [p for module in called for p in module.parameters()],
             with_grad=closure is not None,
             in_part=probe_loss is not None,
         )
         before = value
         if probe_loss is not None and value is not None:
             # As little of a number as the step's own loss.
-            before = cast(Tensor, self._loss_value(probe_loss)).to(value.device) + 0 * value
+            before = cast(Tensor, self._loss_value(probe_loss, "probe_loss")).to(value.device) + 0 * value
+        if probing and evaluate is not None and self._random_probes == "seen":
+            self._check_evaluate(probe, cast(Tensor, before))
         for _, p, group in moving:
             if "step" not in self.state[p]:
                 self._begin(p, group)
@@ -245,9 +266,10 @@ class SelfTuning(Optimizer):
             slots = seen = list(slots)
             self.rule.measure(seen, shared, shared_options, value)
             if probing:
-                after = self._elsewhere(seen, probe)
+                with self._taking_back(seen, [slot.weight for slot in seen]):
+                    after = self._elsewhere(seen, probe)
                 if after is not None and self.rule.looks_first:
-                    self.rule.judge(seen, shared, shared_options, cast(Tensor, before), after)
+                    self.rule.judge(seen, shared, shared_options, cast(Tensor, before), *after)
                     probing = False
         retracting = probing and self.rule.retracts(shared_options)
         origins = [slot.weight.clone() for slot in seen] if retracting else []
@@ -259,8 +281,9 @@ class SelfTuning(Optimizer):
             if slot.state["step"] > latest:
                 latest, adapted = slot.state["step"], slot.adapted
         if probing:
-            after = probe() if after is None else after
-            self.rule.judge(seen, shared, shared_options, cast(Tensor, before), after)
+            with self._taking_back(seen, origins):
+                after = probe() if after is None else after
+            self.rule.judge(seen, shared, shared_options, cast(Tensor, before), *after)
         for slot, origin in zip(seen, origins, strict=False):
             keep_share_(slot.weight, origin, self.rule.share(slot))
             self._store(slot)
@@ -275,17 +298,53 @@ class SelfTuning(Optimizer):
         super().zero_grad(set_to_none)
         self._remember_random_state()
 
+    _random_state: RandomState | None = None
+    _random_probes = "none"
+    """Whether a probe has drawn random numbers: "none", "seen", or "checked" once it was seen whether it gives the step's
+    own loss."""
+
     def _remember_random_state(self) -> None:
         if self.rule.probes:
             self._random_state = RandomState(p.device for p, _ in self._members())
 
-    def _probed(self, evaluate: Callable[[], Loss], *, with_grad: bool, in_part: bool) -> Tensor:
-        """The batch's loss at the weights as they are."""
+    def _probed(
+        self,
+        evaluate: Callable[[], Loss],
+        replay: RandomState,
+        others: Iterable[Tensor],
+        *,
+        with_grad: bool,
+        in_part: bool,
+    ) -> tuple[Tensor, float]:
+        """The batch's loss at the weights as they are, and the rounding that it has gone through.
+
+        ``others``: parameters of other optimizers, whose gradients a closure makes too.
+        """
+        own = [p for p, _ in self._members()]
         with (
-            leaving_no_trace([p for p, _ in self._members()], self._random_state, in_part=in_part),
+            leaving_no_trace(list(dict.fromkeys((*own, *others))), replay, in_part=in_part) as seen,
             torch.set_grad_enabled(with_grad),
         ):
-            return cast(Tensor, self._loss_value(evaluate()))
+            loss = evaluate()
+            seen.look(loss)
+        if seen.drew and self._random_probes == "none":
+            self._random_probes = "seen"
+        value = cast(Tensor, self._loss_value(loss, "what evaluate returns"))
+        return value, rounding((*(p.dtype for p in own), *seen.short))
+
+    def _check_evaluate(self, probe: Callable[[], tuple[Tensor, float]], before: Tensor) -> None:
+        """Warn where ``evaluate`` gives another loss than the step's at the step's own weights. Waits for the device."""
+        again, eps = probe()
+        gap = (again.to(before.device) - before).abs()
+        if not bool(gap.isfinite().all()):
+            return
+        self._random_probes = "checked"
+        if bool((gap > math.sqrt(eps) * before.abs()).any()):
+            warnings.warn(
+                "evaluate does not reproduce the loss, so that a probe sees other random numbers (dropout's masks) than the "
+                "step: call zero_grad() when the batch is ready, before the forward pass.",
+                stacklevel=_CALLER,
+            )
 
     def _finite(self, grads: Sequence[Tensor], loss: Tensor) -> tuple[list[Tensor], Tensor]:
         """Gradients and loss as they are, or zeros and NaN for a model that has an entry which is not finite.
@@ -296,6 +355,19 @@ class SelfTuning(Optimizer):
         sound = [torch.where(self.space.spread(finite, g, torch.bool).to(g.device), g, 0.0) for g in grads]
         return sound, torch.where(finite, loss.to(finite.device), math.nan)
 
+    @contextmanager
+    def _taking_back(self, slots: Sequence[Slot], origins: Sequence[Tensor]) -> Iterator[None]:
+        """If the block fails, what there is an origin of is put back, and counts as a step that led nowhere."""
+        try:
+            yield
+        except BaseException:
+            for slot, origin in zip(slots, origins, strict=False):
+                slot.weight.copy_(origin)
+                self._store(slot)
+                self._finish(slot)
+            self._remember_random_state()
+            raise
+
     def _clip(self, grads: Sequence[Tensor]) -> Tensor | None:
         """What gradients are multiplied by so that their norm is at most ``max_norm``; ``None`` for no limit."""
         largest = self.param_groups[0]["max_norm"]
@@ -304,8 +376,10 @@ class SelfTuning(Optimizer):
         norm = self.space.dot(grads, grads).sqrt()
         return (torch.as_tensor(largest, dtype=norm.dtype, device=norm.device) / (norm + 1e-6)).clamp(max=1.0)
 
-    def _elsewhere(self, slots: Sequence[Slot], probe: Callable[[], Tensor]) -> Tensor | None:
-        """The loss where the rule wants to look, the weights being put back; ``None`` where the step goes there itself."""
+    def _elsewhere(
+        self, slots: Sequence[Slot], probe: Callable[[], tuple[Tensor, float]]
+    ) -> tuple[Tensor, float] | None:
+        """:meth:`_probed` where the rule wants to look, the weights being put back; ``None`` where the step goes there itself."""
         ahead = [self.rule.ahead(slot) for slot in slots]
         if all(displacement is None for displacement in ahead):
             return None
@@ -319,15 +393,19 @@ class SelfTuning(Optimizer):
             for slot, weight in zip(slots, before, strict=True):
                 slot.parameter.copy_(weight)
 
-    def _loss_value(self, loss: Loss | None) -> Tensor | None:
+    def _loss_value(self, loss: Loss | None, name: str) -> Tensor | None:
         """The loss as the rule gets it: float64, one for each model."""
         if not self.rule.needs_loss:
             return None
-        if loss is None:
+        if loss is None and name == "loss":
             raise ValueError("this rule goes by the loss: call step(loss=loss), or step(closure).")
-        value = torch.as_tensor(loss, dtype=torch.float64).detach()
-        if value.shape != self.space.shape:
-            raise ValueError(f"loss must have shape {self.space.shape}, not {tuple(value.shape)}.")
+        shape = self.space.shape
+        try:
+            value = torch.as_tensor(loss, dtype=torch.float64).detach()
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} must be a number or a tensor of shape {shape}, not {loss!r}.") from None
+        if value.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, not {tuple(value.shape)}.")
         return -value if self.param_groups[0]["maximize"] else value
 
     def _propose(
@@ -586,6 +664,8 @@ class SelfTuning(Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._swapped:
+            raise RuntimeError("a copy made inside averaged() would take the averages for its weights.")
         # torch keeps only defaults, state and groups: a copy would have no direction.
         return {
             **super().__getstate__(),
@@ -613,7 +693,7 @@ class SelfTuning(Optimizer):
         are not averaged: ``torch.optim.swa_utils.update_bn`` gathers them anew inside.
 
         Raises:
-            RuntimeError: from :meth:`step`, inside.
+            RuntimeError: inside, from :meth:`step`, and where the optimizer is copied or pickled.
         """
         if self.average is None or self._swapped:
             yield

@@ -408,7 +408,8 @@ class LossGrad(SelfTuning):
         loss.backward()
         optimizer.step(loss=loss, evaluate=lambda: criterion(model(x), y))
 
-    The probe sees the same dropout masks and leaves BatchNorm's buffers, gradients and random streams as they are.
+    The probe sees the same dropout masks and leaves BatchNorm's buffers, gradients and random streams as they are. A closure
+    is called twice, backward pass and all. Where the loss or the gradient is not finite no step is made.
 
     The published rule is ``LossGrad(params, down=1.05, threshold=0.5, ramp=1, retract=False)``. It fails from initial rates that are far off; with
     ``ramp`` and ``retract`` those from 1e-8 to 1e8 end much alike.

@@ -60,8 +60,13 @@ class Rule(Part):
         options: Mapping[str, Any],
         before: Tensor,
         after: Tensor,
+        eps: float,
     ) -> None:
-        """After a probe: adapt the ``shared`` state by the batch's loss here and there, as ``loss`` above."""
+        """After a probe: adapt the ``shared`` state by the batch's loss here and there, as ``loss`` above.
+
+        ``eps`` is the relative rounding of the coarsest numbers that the loss has gone through: the weights', or those of
+        autocast.
+        """
 
     def retracts(self, options: Mapping[str, Any]) -> bool:
         """Whether a step may be shortened once its loss is known (:meth:`share`); costs a copy of the weights."""

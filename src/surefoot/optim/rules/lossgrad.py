@@ -15,6 +15,7 @@ from torch import Tensor
 
 from surefoot.optim.directions import is_some
 from surefoot.optim.parts import Number, Slot, State, all_of, require, require_limits, require_whole
+from surefoot.optim.precision import rounding
 from surefoot.optim.rules.base import Rule
 
 PROBES = ("step", "raw", "next")
@@ -149,7 +150,8 @@ class LossGrad(Rule):
         loss = cast(Tensor, loss).to(h.device)
         known = torch.isfinite(loss)
         if options["probe"] == "next":
-            h.copy_(self._judged(slots, shared, options, shared["before"], loss))
+            eps = rounding(slot.parameter.dtype for slot in slots)
+            h.copy_(self._judged(slots, shared, options, shared["before"], loss, eps))
             shared["before"].copy_(torch.where(known, loss, shared["before"]))
         space, grads = slots[0].space, [slot.loss_grad for slot in slots]
         along = [multiple(slot) * looks_along(slot) for slot in slots]
@@ -196,8 +198,9 @@ class LossGrad(Rule):
         options: Mapping[str, Any],
         before: Tensor,
         after: Tensor,
+        eps: float,
     ) -> None:
-        shared["step_size"].copy_(self._judged(slots, shared, options, before, after))
+        shared["step_size"].copy_(self._judged(slots, shared, options, before, after, eps))
 
     def _judged(
         self,
@@ -206,6 +209,7 @@ class LossGrad(Rule):
         options: Mapping[str, Any],
         before: Tensor,
         after: Tensor,
+        eps: float,
     ) -> Tensor:
         """The step size after a look at the loss before and after a step; stores how much of it to keep."""
         h, slope = shared["step_size"], shared["slope"]
@@ -221,7 +225,7 @@ class LossGrad(Rule):
         looked = shared["used"] * share
         # Half the predicted change is compared with losses that are rounded, as are the weights they are made from:
         # four units in the last place.
-        floor = 8 * torch.finfo(slots[0].parameter.dtype).eps * before.abs()
+        floor = 8 * eps * before.abs()
         after = after - looked * shared["decay_slope"] + looked * looked * shared["decay_bend"]
         risen = rises(before, after, looked, slope, options["threshold"] * share, floor)
         # The ramp: its factor is halved, in decades, at each turn upwards, and a fall goes back to where the last rise began.
