@@ -330,6 +330,16 @@ def test_buffers_are_what_the_step_made_of_them(make):
 
 
 @makers
+@pytest.mark.filterwarnings("ignore")  # of tracing
+def test_the_buffers_of_a_scripted_model_are_put_back_too(make):
+    model = torch.jit.trace(network(norm=True), batch()[0], check_trace=False)
+    counted = dict(model.named_buffers())["1.num_batches_tracked"]
+    before = counted.item()
+    train(make(model.parameters()), lambda x, y: cross_entropy(model(x), y), 3)
+    assert counted == before + 3
+
+
+@makers
 def test_buffers_lent_by_functional_call_go_with_it(make):
     """The model keeps its own, however often it is called in a probe."""
     model = network(norm=True)

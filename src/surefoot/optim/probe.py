@@ -141,7 +141,7 @@ def leaving_no_trace(
         shown.look(output)
         # A buffer that is another by now was put there by forward; what functional_call lends goes afterwards.
         for part, name, buffer in held.get(module, ()):
-            if part._buffers.get(name) is not buffer:
+            if getattr(part, name, None) is not buffer:
                 replaced.setdefault((part, name), buffer)
 
     hooks = register_module_forward_pre_hook(keep), register_module_forward_hook(look, always_call=True)
