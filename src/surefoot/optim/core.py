@@ -352,7 +352,11 @@ class SelfTuning(Optimizer):
         So a rule that goes by the loss makes no step there, and no state takes in what is no number.
         """
         finite = self.space.sum(grads).isfinite()
-        sound = [torch.where(self.space.spread(finite, g, torch.bool).to(g.device), g, 0.0) for g in grads]
+        # 0 times NaN is NaN, so what is not finite becomes 0 first; torch.where takes three times as long.
+        sound = [
+            g.nan_to_num(0.0, 0.0, 0.0).mul_(self.space.spread(finite, g).to(g.device, g.dtype))
+            for g in grads
+        ]
         return sound, torch.where(finite, loss.to(finite.device), math.nan)
 
     @contextmanager
