@@ -113,9 +113,8 @@ def leaving_no_trace(
     buffers: dict[int, tuple[Tensor, Tensor]] = {}
     replaced: dict[tuple[nn.Module, str], Tensor] = {}
     seen: set[nn.Module] = set()
-    held: dict[
-        nn.Module, list[tuple[nn.Module, str, Tensor]]
-    ] = {}  # by each of the outermost modules, when called
+    # The buffers in each of the outermost modules when it was last called.
+    held: dict[nn.Module, list[tuple[nn.Module, str, Tensor]]] = {}
 
     @uncompiled
     def keep(module: nn.Module, _: Any) -> None:
