@@ -46,8 +46,8 @@ STEPPERS: Mapping[str, Make] = {
     "torch SGD": lambda p: torch.optim.SGD(p, SMALL),
     "sgd x constant": lambda p: surefoot.SelfTuning(p, directions.SGD(), rules.Constant(SMALL)),
     "LossGrad, a probe every step": surefoot.LossGrad,
-    f"LossGrad, every {STEPS}": lambda p: surefoot.LossGrad(p, probe_every=STEPS),
-    "LossGrad, none": lambda p: surefoot.LossGrad(p, probe_every=NEVER),
+    f"LossGrad, every {STEPS}": lambda p: surefoot.LossGrad(p, ramp=1.0, probe_every=STEPS),
+    "LossGrad, none": lambda p: surefoot.LossGrad(p, ramp=1.0, probe_every=NEVER),
 }
 
 

@@ -116,6 +116,7 @@ class TestMethods:
             ("hyperreg-x3[growth=inf,longest_step=inf]", lambda p: HyperReg(p, divergence="chi2", algorithm=3, initial_rate=0.01, growth=None, longest_step=None)),
             ("lossgrad", lambda p: LossGrad(p, initial_rate=0.01)),
             ("lossgrad-adam[probe=raw,probe_every=8]", lambda p: LossGrad(p, direction="adam", probe="raw", probe_every=8, initial_rate=0.01)),
+            ("lossgrad[probe=next]", lambda p: LossGrad(p, probe="next", initial_rate=0.01)),
             ("wngrad[first=step]", lambda p: WNGrad(p, initial_rate=0.01, first="step")),
             ("l4-adam[attainable=0.5]", lambda p: L4(p, direction="adam", fraction=0.01, attainable=0.5)),
             ("sps[growth=1.001]", lambda p: SPS(p, bound=0.01, growth=1.001)),
@@ -234,6 +235,7 @@ class TestResolve:
             ("srprop[window=0]", "window must be"),
             ("adam[betas=0.9:1.5]", "betas"),
             ("sgd-upd[nesterov=true]", "nesterov needs a momentum"),
+            ("lossgrad[probe=next,retract=true]", "probe must be 'step' or 'raw' to retract"),
             ("momentum[weight_decay=-1]", "weight_decay must be at least 0"),
         ],
     )

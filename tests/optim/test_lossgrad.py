@@ -161,14 +161,14 @@ def test_a_probe_leaves_no_trace(way):
         assert torch.equal(probed[0].state_dict()[name], value), name
     assert probed[1] == unprobed[1]
     assert torch.equal(probed[2], unprobed[2])
-    assert len(probed[3]) == (60 if way == "closure" else 30)
+    assert len(probed[3]) == (60 if way == "closure" else 31), "one to see whether it is the step's loss"
     assert probed[0].norm.num_batches_tracked == 30
 
 
 def test_a_probe_sees_the_same_dropout_masks():
     """With lr = 0 the weights stand still, so the loss of the probe is that of the step."""
     _, losses, _, evaluated = train("evaluate", up=1.0, lr=0.0)
-    assert evaluated == losses
+    assert evaluated == [losses[0], losses[1], *losses[1:]]
 
 
 def test_evaluate_and_closure_are_one_rule():
@@ -191,6 +191,28 @@ def test_probe_every_takes_its_factors_to_the_power():
         optimizer.step(loss=-p.detach().sum(), evaluate=evaluate)
     assert len(calls) == 2
     assert optimizer.rates().mean == pytest.approx(1e-3 * 1.1**8)
+
+
+@pytest.mark.parametrize("start", [1e-4, 100.0])
+def test_with_a_ramp_the_first_forty_steps_are_probed_whatever_probe_every_is(start):
+    """By the factors themselves: seven unjudged steps at an h that a ramp is still looking for would end a training."""
+    runs = []
+    for every in (1, 8):
+        p = torch.full((1,), 3.0, dtype=torch.float64, requires_grad=True)
+        optimizer = LossGrad([p], initial_rate=start, probe_every=every)
+        calls, ends = [], []
+        for step in range(72):
+            p.grad = 2 * p.detach()
+
+            def evaluate(step=step, p=p, calls=calls):
+                calls.append(step + 1)
+                return p.square().sum()
+
+            optimizer.step(loss=p.detach().square().sum(), evaluate=evaluate)
+            ends.append(p.item())
+        runs.append((calls, ends))
+    assert runs[1][0] == [*range(1, 41), 48, 56, 64, 72]
+    assert runs[1][1][:40] == runs[0][1][:40]
 
 
 def test_a_schedule_shortens_the_step_and_not_the_probe():
@@ -216,6 +238,62 @@ def test_a_schedule_shortens_the_step_and_not_the_probe():
         ends.append((p.item(), optimizer.state[p]["step_size"].item()))
     assert ends[0][1] == pytest.approx(ends[1][1])
     assert ends[1][0] < 0.7 * ends[0][0]
+
+
+SCHEDULES = {
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.05, 0.5, 4, cycle_momentum=False),
+    "onecycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.5, total_steps=20, cycle_momentum=False),
+    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, factor=0.1, patience=0),
+    "exponential": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.7),
+    "by hand": lambda o: None,
+}
+
+
+@pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5, dtype=torch.float64)], ids=["number", "tensor"])
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_whatever_moves_lr_what_is_probed_is_the_lr_that_the_group_was_given(schedule, lr):
+    """And is so from a checkpoint on, into an optimizer that was given another."""
+    p = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = LossGrad([p], lr=copy.deepcopy(lr), initial_rate=1e-3, **PUBLISHED)
+    scheduler = schedule(optimizer)
+    taken = set()
+    for step in range(12):
+        if step == 6:
+            saved = optimizer.state_dict()
+            optimizer = LossGrad([p], lr=0.125, initial_rate=1e-3, **PUBLISHED)
+            optimizer.load_state_dict(saved)
+            if scheduler:
+                scheduler.optimizer = optimizer
+            else:
+                optimizer.param_groups[0]["lr"] = 0.05
+        start, seen = p.item(), []
+
+        def evaluate(seen=seen):
+            seen.append(p.item())
+            return -p.sum()
+
+        p.grad = torch.full_like(p, -1.0)
+        optimizer.step(loss=-p.detach().sum(), evaluate=evaluate)
+        h = 1e-3 * 1.05**step
+        assert seen[0] - start == pytest.approx(0.5 * h)
+        assert optimizer.state[p]["step_size"].item() == pytest.approx(1.05 * h)
+        taken.add(round((p.item() - start) / h, 9))
+        if scheduler:
+            scheduler.step(
+                *([1.0] if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else [])
+            )
+    assert len(taken) > 1, "the steps that were taken are the schedule's"
+
+
+def test_a_checkpoint_from_before_lr_was_remembered_is_taken_at_this_optimizers():
+    optimizer, p = scalar(1.0, lr=0.5)
+    one_step(optimizer, p, lambda x: x * x, lambda x: 2 * x)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["given_lr"]
+    optimizer, p = scalar(1.0, lr=0.25)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["given_lr"] == 0.25
+    one_step(optimizer, p, lambda x: x * x, lambda x: 2 * x)
 
 
 @pytest.mark.parametrize("direction", ["sgd", "momentum", "nesterov", "adam", "sign"])
@@ -586,6 +664,12 @@ def test_the_next_steps_loss_is_the_probe_where_the_batch_is_the_whole(weight_de
     assert len(set(ends[0])) > 10
 
 
+@pytest.mark.parametrize("name", ["ramp", "initial_rate"])
+def test_infinity_is_no_factor_and_no_start(name):
+    with pytest.raises(ValueError, match=f"{name} must be .* and finite, not inf"):
+        LossGrad([torch.zeros(1)], **{name: math.inf})
+
+
 def test_next_with_decoupled_decay_is_refused():
     with pytest.raises(ValueError, match="cannot tell decoupled weight decay"):
         SelfTuning(
@@ -611,9 +695,9 @@ def test_a_part_of_the_batch_is_judged_by_its_own_loss():
     looked = []
 
     class Listening(rules.LossGrad):
-        def judge(self, slots, shared, options, before, after):
+        def judge(self, slots, shared, options, before, after, eps):
             looked.append((before.item(), after.item()))
-            super().judge(slots, shared, options, before, after)
+            super().judge(slots, shared, options, before, after, eps)
 
     optimizer = SelfTuning(model.parameters(), directions.SGD(), Listening(1e-3))
     each = losses()

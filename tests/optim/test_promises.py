@@ -220,6 +220,21 @@ def test_add_param_group(record: Record):
 
 
 @promise
+def test_empty_first_group(record: Record):
+    """A first group without a parameter changes nothing."""
+    problem, twin = Problem(), Problem()
+    optimizer = record.make([{"params": []}, {"params": problem.params}], track_rates=True)
+    problem.run(optimizer, range(5))
+    record_of_all = record.make(twin.params, track_rates=True)
+    twin.run(record_of_all, range(5))
+    assert same(problem.weights(), twin.weights())
+    assert optimizer.lr_mean == record_of_all.lr_mean
+    loaded = record.make([{"params": []}, {"params": twin.params}], track_rates=True)
+    loaded.load_state_dict(optimizer.state_dict())
+    assert same_state(optimizer, loaded)
+
+
+@promise
 def test_per_group_lr(record: Record):
     """Two groups with their own lr are two optimizers."""
     problem, twin = Problem(), Problem()

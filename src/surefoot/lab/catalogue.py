@@ -70,6 +70,8 @@ class Entry:
     """Of each setting, whether (of a tuple, which part) in a stack it may be a number for each model: by its annotation."""
     origin: Mapping[str, Value] = field(default_factory=dict)
     """What else decides its numbers and is no setting: for another package's, that package's version."""
+    implied: Callable[[Mapping[str, Value]], Mapping[str, Value]] = lambda asked: {}
+    """Defaults that other settings decide."""
 
 
 def _cell(
@@ -129,7 +131,11 @@ def _lossgrad(direction: str) -> Entry:
     """LossGrad with ``retract`` written out, and without its horizon, which ``schedule`` has."""
     entry = _named(LossGrad, direction=direction)
     settings = {name: value for name, value in entry.settings.items() if name != "horizon"}
-    return replace(entry, settings={**settings, "retract": True})
+    return replace(
+        entry,
+        settings={**settings, "retract": True},
+        implied=lambda asked: {"retract": asked.get("probe") != "next"},
+    )
 
 
 _DIVERGENCES = {"kl": "kl", "rkl": "rkl", "h": "hellinger", "x": "chi2", "n": "neyman"}
@@ -195,7 +201,8 @@ def resolve(request: MethodRequest, rates: Sequence[float] = ()) -> dict[str, Va
         UserError: no such optimizer or setting, or a value that it does not take.
     """
     entry = _entry(request.optimizer)
-    defaults = {**entry.settings, _SCHEDULE: NONE}
+    implied = entry.implied(request.settings) if isinstance(entry, Entry) else {}
+    defaults = {**entry.settings, **implied, _SCHEDULE: NONE}
     for name in request.settings:
         if name not in defaults:
             raise UserError(

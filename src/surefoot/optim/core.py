@@ -11,7 +11,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast, overload
@@ -23,8 +23,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from surefoot.optim.averaging import Average
 from surefoot.optim.directions import Direction
 from surefoot.optim.parts import WEIGHT, Number, Part, Slot, State, all_of, require, require_whole
-from surefoot.optim.precision import is_short, narrow_, widen, working_dtype
-from surefoot.optim.probe import RandomState, leaving_no_trace
+from surefoot.optim.precision import is_short, narrow_, rounding, widen, working_dtype
+from surefoot.optim.probe import RandomState, called_modules, leaving_no_trace
 from surefoot.optim.rules.base import Rule
 from surefoot.optim.rules.constant import Constant
 from surefoot.optim.space import Space
@@ -33,10 +33,15 @@ Loss = float | Tensor
 
 _FOREIGN_OPTIONS = frozenset(
     {"params", "param_names", "name"}
+    # written by add_param_group: the group's lr as it was given, whatever a scheduler makes of it
+    | {"given_lr"}
     # written into groups by torch's schedulers
     | {"initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"}
 )
 
+
+_CALLER = 5
+"""How far above a warning in :meth:`SelfTuning._check_evaluate` the call of ``step`` is."""
 
 _HISTORY = {"lr_history": torch.float64, "lr_counter": int}
 """What ``track_rates`` keeps beside the first parameter's own state."""
@@ -67,7 +72,7 @@ class SelfTuning(Optimizer):
         rule: how far, from :mod:`surefoot.optim.rules`.
         lr: a number or a 0-d tensor that multiplies every rate (default 1.0). This, and only this, is what
             ``group["lr"]`` holds and what a scheduler moves; a logger that reads it logs the multiplier. The rates
-            themselves are what :meth:`rates` gives. ``lr=0`` moves nothing.
+            themselves are what :meth:`rates` gives. ``lr=0`` moves nothing. ``group["given_lr"]`` remembers it.
         maximize: go up instead of down.
         average: what :meth:`averaged` evaluates, from :mod:`surefoot.optim.averaging`; one more copy of the weights.
         max_norm: the norm of all gradients together is clipped to it first, as by ``torch.nn.utils.clip_grad_norm_``, but
@@ -169,7 +174,8 @@ class SelfTuning(Optimizer):
         """Move every parameter that has a gradient.
 
         Args:
-            closure: computes the loss again, with gradients, and returns it, as for any torch optimizer.
+            closure: computes the loss again, with gradients, and returns it, as for any torch optimizer. Where a rule probes
+                it is called a second time, so that a probe costs a backward pass too; ``evaluate`` costs none.
             loss: the value that the gradients belong to, where it is at hand: a scalar, in a stack ``[K]``. Rules that
                 go by the loss need one of the two; every other rule lets it through.
             probe_loss: where ``evaluate`` computes the loss of a part of the batch only, that part's loss at the weights as
@@ -177,31 +183,47 @@ class SelfTuning(Optimizer):
             evaluate: computes the loss of the same batch again, forward only. For rules that probe the loss at other
                 weights; called at most once a step, never by any other rule. Its dropout masks are those that followed
                 the last :meth:`zero_grad` (or the last step), so call that when the batch is ready, before the forward
-                pass. It leaves buffers, gradients and random streams as they are. With a closure none is needed.
+                pass: where it draws random numbers one more call, in the second step, checks that it gives the step's
+                loss. It leaves buffers, gradients and random streams as they are. With a closure none is needed.
 
         Returns:
             The loss, as it was given or as the closure returned it.
 
         Raises:
             ValueError: for a sparse gradient, for a closure together with a loss, or for a rule that goes by the loss
-                and is given none. Nothing has moved then. Also, after the step, for a ``probe_loss`` with a model in which
-            a part of the batch can't be looked at alone.
+                and is given none. Nothing has moved then. Also where ``evaluate`` returns no loss, and for a ``probe_loss``
+                with a model in which a part of the batch can't be looked at alone.
+            TypeError: for a closure that is no function, such as a loss without its name.
+            What ``evaluate`` raises, Ctrl-C included: the weights are then where they were, unless the rule keeps no copy
+                of them and looks where the step has gone (``LossGrad`` with ``retract=False``).
+
+        Warns:
+            UserWarning: once, where ``evaluate`` draws random numbers and does not give the step's loss.
         """
         if self._swapped:
             raise RuntimeError(
                 "a step inside averaged() would be lost: the weights are their averages there."
             )
+        replay, called = self._random_state, set()
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(
+                    "closure must be a function that computes the loss again; a loss has a name: step(loss=loss)."
+                )
             if loss is not None or evaluate is not None or probe_loss is not None:
                 raise ValueError("step takes a closure, or a loss with evaluate, not both.")
             self._remember_random_state()
-            with torch.enable_grad():
+            replay = self._random_state  # the closure's own zero_grad will remember a later one
+            with called_modules() if self.rule.probes else nullcontext(called) as called, torch.enable_grad():
                 loss = closure()
         moving = [(i, p, group) for i, (p, group) in enumerate(self._members()) if p.grad is not None]
         for _, p, _ in moving:
             if cast(Tensor, p.grad).is_sparse:
                 raise ValueError("sparse gradients are not supported; make the embedding with sparse=False.")
-        value = self._loss_value(loss)
+        value = self._loss_value(loss, "loss" if closure is None else "what the closure returns")
+        grads = [cast(Tensor, p.grad) for _, p, _ in moving]
+        if value is not None and moving:
+            grads, value = self._finite(grads, value)
         shared_options = self.param_groups[0]
         clock = self._kept("clock") + 1
         probing = bool(moving) and self.rule.probes_at(clock, shared_options)
@@ -213,10 +235,17 @@ class SelfTuning(Optimizer):
         probe = partial(
             self._probed,
             cast(Callable[[], Loss], again),
+            cast(RandomState, replay),
+            [p for module in called for p in module.parameters()],
             with_grad=closure is not None,
             in_part=probe_loss is not None,
         )
-        before = value if probe_loss is None else self._loss_value(probe_loss)
+        before = value
+        if probe_loss is not None and value is not None:
+            # As little of a number as the step's own loss.
+            before = cast(Tensor, self._loss_value(probe_loss, "probe_loss")).to(value.device) + 0 * value
+        if probing and evaluate is not None and self._random_probes == "seen":
+            self._check_evaluate(probe, cast(Tensor, before))
         for _, p, group in moving:
             if "step" not in self.state[p]:
                 self._begin(p, group)
@@ -224,8 +253,11 @@ class SelfTuning(Optimizer):
                 self.state[p]["compensation"] = torch.zeros_like(p, dtype=torch.float32)
         if self.track_rates and moving and not self._kept("lr_counter"):
             self._record()
-        shared, clip = self._shared(), self._clip([p for _, p, _ in moving])
-        slots: Iterable[Slot] = (self._propose(index, p, group, shared, clip) for index, p, group in moving)
+        shared, clip = self._shared(), self._clip(grads)
+        slots: Iterable[Slot] = (
+            self._propose(index, p, grad, group, shared, clip)
+            for (index, p, group), grad in zip(moving, grads, strict=True)
+        )
         seen: list[Slot] = []
         after = None
         if shared and moving:
@@ -234,9 +266,10 @@ class SelfTuning(Optimizer):
             slots = seen = list(slots)
             self.rule.measure(seen, shared, shared_options, value)
             if probing:
-                after = self._elsewhere(seen, probe)
+                with self._taking_back(seen, [slot.weight for slot in seen]):
+                    after = self._elsewhere(seen, probe)
                 if after is not None and self.rule.looks_first:
-                    self.rule.judge(seen, shared, shared_options, cast(Tensor, before), after)
+                    self.rule.judge(seen, shared, shared_options, cast(Tensor, before), *after)
                     probing = False
         retracting = probing and self.rule.retracts(shared_options)
         origins = [slot.weight.clone() for slot in seen] if retracting else []
@@ -248,8 +281,9 @@ class SelfTuning(Optimizer):
             if slot.state["step"] > latest:
                 latest, adapted = slot.state["step"], slot.adapted
         if probing:
-            after = probe() if after is None else after
-            self.rule.judge(seen, shared, shared_options, cast(Tensor, before), after)
+            with self._taking_back(seen, origins):
+                after = probe() if after is None else after
+            self.rule.judge(seen, shared, shared_options, cast(Tensor, before), *after)
         for slot, origin in zip(seen, origins, strict=False):
             keep_share_(slot.weight, origin, self.rule.share(slot))
             self._store(slot)
@@ -264,29 +298,92 @@ class SelfTuning(Optimizer):
         super().zero_grad(set_to_none)
         self._remember_random_state()
 
+    _random_state: RandomState | None = None
+    _random_probes = "none"
+    """Whether a probe has drawn random numbers: "none", "seen", or "checked" once it was seen whether it gives the step's
+    own loss."""
+
     def _remember_random_state(self) -> None:
         if self.rule.probes:
             self._random_state = RandomState(p.device for p, _ in self._members())
 
-    def _probed(self, evaluate: Callable[[], Loss], *, with_grad: bool, in_part: bool) -> Tensor:
-        """The batch's loss at the weights as they are."""
+    def _probed(
+        self,
+        evaluate: Callable[[], Loss],
+        replay: RandomState,
+        others: Iterable[Tensor],
+        *,
+        with_grad: bool,
+        in_part: bool,
+    ) -> tuple[Tensor, float]:
+        """The batch's loss at the weights as they are, and the rounding that it has gone through.
+
+        ``others``: parameters of other optimizers, whose gradients a closure makes too.
+        """
+        own = [p for p, _ in self._members()]
         with (
-            leaving_no_trace([p for p, _ in self._members()], self._random_state, in_part=in_part),
+            leaving_no_trace(list(dict.fromkeys((*own, *others))), replay, in_part=in_part) as seen,
             torch.set_grad_enabled(with_grad),
         ):
-            return cast(Tensor, self._loss_value(evaluate()))
+            loss = evaluate()
+            seen.look(loss)
+        if seen.drew and self._random_probes == "none":
+            self._random_probes = "seen"
+        value = cast(Tensor, self._loss_value(loss, "what evaluate returns"))
+        return value, rounding((*(p.dtype for p in own), *seen.short))
 
-    def _clip(self, params: Sequence[Tensor]) -> Tensor | None:
+    def _check_evaluate(self, probe: Callable[[], tuple[Tensor, float]], before: Tensor) -> None:
+        """Warn where ``evaluate`` gives another loss than the step's at the step's own weights. Waits for the device."""
+        again, eps = probe()
+        gap = (again.to(before.device) - before).abs()
+        if not bool(gap.isfinite().all()):
+            return
+        self._random_probes = "checked"
+        if bool((gap > math.sqrt(eps) * before.abs()).any()):
+            warnings.warn(
+                "evaluate does not reproduce the loss, so that a probe sees other random numbers (dropout's masks) than the "
+                "step: call zero_grad() when the batch is ready, before the forward pass.",
+                stacklevel=_CALLER,
+            )
+
+    def _finite(self, grads: Sequence[Tensor], loss: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Gradients and loss as they are, or zeros and NaN for a model that has an entry which is not finite.
+
+        So a rule that goes by the loss makes no step there, and no state takes in what is no number.
+        """
+        finite = self.space.sum(grads).isfinite()
+        # 0 times NaN is NaN, so what is not finite becomes 0 first; torch.where takes three times as long.
+        sound = [
+            g.nan_to_num(0.0, 0.0, 0.0).mul_(self.space.spread(finite, g).to(g.device, g.dtype))
+            for g in grads
+        ]
+        return sound, torch.where(finite, loss.to(finite.device), math.nan)
+
+    @contextmanager
+    def _taking_back(self, slots: Sequence[Slot], origins: Sequence[Tensor]) -> Iterator[None]:
+        """If the block fails, what there is an origin of is put back, and counts as a step that led nowhere."""
+        try:
+            yield
+        except BaseException:
+            for slot, origin in zip(slots, origins, strict=False):
+                slot.weight.copy_(origin)
+                self._store(slot)
+                self._finish(slot)
+            self._remember_random_state()
+            raise
+
+    def _clip(self, grads: Sequence[Tensor]) -> Tensor | None:
         """What gradients are multiplied by so that their norm is at most ``max_norm``; ``None`` for no limit."""
         largest = self.param_groups[0]["max_norm"]
-        if not params or not (isinstance(largest, Tensor) or largest < math.inf):
+        if not grads or not (isinstance(largest, Tensor) or largest < math.inf):
             return None
-        grads = [cast(Tensor, p.grad) for p in params]
         norm = self.space.dot(grads, grads).sqrt()
         return (torch.as_tensor(largest, dtype=norm.dtype, device=norm.device) / (norm + 1e-6)).clamp(max=1.0)
 
-    def _elsewhere(self, slots: Sequence[Slot], probe: Callable[[], Tensor]) -> Tensor | None:
-        """The loss where the rule wants to look, the weights being put back; ``None`` where the step goes there itself."""
+    def _elsewhere(
+        self, slots: Sequence[Slot], probe: Callable[[], tuple[Tensor, float]]
+    ) -> tuple[Tensor, float] | None:
+        """:meth:`_probed` where the rule wants to look, the weights being put back; ``None`` where the step goes there itself."""
         ahead = [self.rule.ahead(slot) for slot in slots]
         if all(displacement is None for displacement in ahead):
             return None
@@ -300,26 +397,36 @@ class SelfTuning(Optimizer):
             for slot, weight in zip(slots, before, strict=True):
                 slot.parameter.copy_(weight)
 
-    def _loss_value(self, loss: Loss | None) -> Tensor | None:
+    def _loss_value(self, loss: Loss | None, name: str) -> Tensor | None:
         """The loss as the rule gets it: float64, one for each model."""
         if not self.rule.needs_loss:
             return None
-        if loss is None:
+        if loss is None and name == "loss":
             raise ValueError("this rule goes by the loss: call step(loss=loss), or step(closure).")
-        value = torch.as_tensor(loss, dtype=torch.float64).detach()
-        if value.shape != self.space.shape:
-            raise ValueError(f"loss must have shape {self.space.shape}, not {tuple(value.shape)}.")
+        shape = self.space.shape
+        try:
+            value = torch.as_tensor(loss, dtype=torch.float64).detach()
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} must be a number or a tensor of shape {shape}, not {loss!r}.") from None
+        if value.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, not {tuple(value.shape)}.")
         return -value if self.param_groups[0]["maximize"] else value
 
     def _propose(
-        self, index: int, p: Tensor, group: dict[str, Any], shared: dict[str, Tensor], clip: Tensor | None
+        self,
+        index: int,
+        p: Tensor,
+        grad: Tensor,
+        group: dict[str, Any],
+        shared: dict[str, Tensor],
+        clip: Tensor | None,
     ) -> Slot:
         """The direction's update for one parameter; nothing has moved yet."""
         state = self.state[p]
         state["step"] += 1
         weight = self._value(p)
         options = self.space.options(group, weight)
-        grad = cast(Tensor, p.grad).to(weight.dtype)
+        grad = grad.to(weight.dtype)
         if group["maximize"]:
             grad = -grad
         clipped = grad if clip is None else grad * self.space.spread(clip.to(weight.device), weight)
@@ -388,23 +495,27 @@ class SelfTuning(Optimizer):
             state[declared.name] = tensor.copy_(init) if isinstance(init, Tensor) else tensor.fill_(init)
         state["step"] = 0
 
+    def _first(self) -> Tensor | None:
+        """The first parameter, in whose state what belongs to all of them is kept; ``None`` where all groups are empty."""
+        return next((p for p, _ in self._members()), None)
+
     def _keeper(self) -> dict[str, Any]:
-        """The state of the first parameter, where what belongs to all of them is kept."""
-        return self.state[self.param_groups[0]["params"][0]]
+        """That parameter's state."""
+        return self.state[cast(Tensor, self._first())]
 
     def _kept(self, count: str) -> int:
         """One of the counts kept there, 0 before it has begun: ``clock`` (a global rule's steps) or ``lr_counter``."""
-        return self.state.get(self.param_groups[0]["params"][0], {}).get(count, 0)
+        first = self._first()
+        return 0 if first is None else self.state.get(first, {}).get(count, 0)
 
     def _shared(self) -> dict[str, Tensor]:
         """What the rule keeps for all parameters together; made at the first call."""
-        group = self.param_groups[0]
-        declared = self.rule.declare_shared(group)
+        first = self._first()
+        declared = () if first is None else self.rule.declare_shared(self.param_groups[0])
         keeper = self._keeper() if declared else {}
         for state in declared:
             if state.name not in keeper:
-                first = group["params"][0]
-                start = torch.as_tensor(state.init, dtype=torch.float64, device=first.device)
+                start = torch.as_tensor(state.init, dtype=torch.float64, device=cast(Tensor, first).device)
                 keeper[state.name] = start.expand(self.space.shape).clone()
         return {state.name: keeper[state.name] for state in declared}
 
@@ -420,6 +531,7 @@ class SelfTuning(Optimizer):
             ValueError: where the state is not what this direction and rule declare, or does not fit the parameters.
         """
         found: dict[Tensor, dict[str, Any]] = {}
+        given = [group["given_lr"] for group in self.param_groups]
 
         def take(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             # torch would cast every tensor to its parameter's dtype: it is given the groups alone.
@@ -427,9 +539,10 @@ class SelfTuning(Optimizer):
             return {**state_dict, "state": {}}
 
         def restore(_: Optimizer) -> None:
-            for p, group in self._members():
-                for name, default in self.defaults.items():
+            for group, lr in zip(self.param_groups, given, strict=True):
+                for name, default in {**self.defaults, "given_lr": lr}.items():
                     group.setdefault(name, default)
+            for p, group in self._members():
                 if p in found:
                     self.state[p] = self._restored(p, group, found[p])
 
@@ -498,6 +611,8 @@ class SelfTuning(Optimizer):
         self._check_options(param_group, "a parameter group")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        lr = group["lr"]
+        group.setdefault("given_lr", lr.clone() if isinstance(lr, Tensor) else lr)
         try:
             for p in group["params"]:
                 self._check_parameter(p)
@@ -553,6 +668,8 @@ class SelfTuning(Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._swapped:
+            raise RuntimeError("a copy made inside averaged() would take the averages for its weights.")
         # torch keeps only defaults, state and groups: a copy would have no direction.
         return {
             **super().__getstate__(),
@@ -580,7 +697,7 @@ class SelfTuning(Optimizer):
         are not averaged: ``torch.optim.swa_utils.update_bn`` gathers them anew inside.
 
         Raises:
-            RuntimeError: from :meth:`step`, inside.
+            RuntimeError: inside, from :meth:`step`, and where the optimizer is copied or pickled.
         """
         if self.average is None or self._swapped:
             yield

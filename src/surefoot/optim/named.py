@@ -408,21 +408,23 @@ class LossGrad(SelfTuning):
         loss.backward()
         optimizer.step(loss=loss, evaluate=lambda: criterion(model(x), y))
 
-    The probe sees the same dropout masks and leaves BatchNorm's buffers, gradients and random streams as they are.
+    The probe sees the same dropout masks and leaves BatchNorm's buffers, gradients and random streams as they are. A closure
+    is called twice, backward pass and all. Where the loss or the gradient is not finite no step is made.
 
     The published rule is ``LossGrad(params, down=1.05, threshold=0.5, ramp=1, retract=False)``. It fails from initial rates that are far off; with
     ``ramp`` and ``retract`` those from 1e-8 to 1e8 end much alike.
 
     Args:
         params: parameters or groups; a group may have an lr of its own, and every other option is one for all.
-        lr: multiplies the step. A schedule shortens the step that is taken, not the one that is probed.
+        lr: multiplies the step. A schedule, or a change by hand, shortens the step that is taken, not the one that is probed.
         direction: "sgd" as published, "momentum", "nesterov", "adam" or "sign".
         initial_rate: h at the start.
         up, down: the factors; 1.05 both in the paper.
         threshold: :math:`\tau` in (0, 1]; the step aims at :math:`2 \tau` times the best one along the line; 0.5 in
             the paper.
         ramp: the factor to begin with; its root takes its place whenever h turns upwards, down to ``up`` and ``down``.
-        probe_every: k, a probe at every k-th step, with the factors to the k-th power.
+        probe_every: k, a probe at every k-th step, with the factors to the k-th power; with a ramp the first 40 steps are all
+            probed.
         step_sizes: smallest and largest h.
         probe: "step" looks along the step itself, "raw" along the direction without its momentum; "next" takes the next
             step's loss, for training on the full batch: then no ``evaluate`` is needed.

@@ -109,8 +109,10 @@ def require(name: str, value: Any, allowed: str, test: Callable[[Any], Any]) -> 
     try:
         holds = test(value)
         holds = bool(holds.all()) if isinstance(holds, Tensor) else bool(holds)
-    except (TypeError, RuntimeError, OverflowError):
-        holds = False  # of another type, or a tensor where one number is wanted
+    except (TypeError, RuntimeError, ArithmeticError):
+        holds = (
+            False  # of another type, a tensor where one number is wanted, or what the test divides by is 0
+        )
     if not holds:
         raise ValueError(f"{name} must be {allowed}, not {value!r}.")
 

@@ -6,6 +6,8 @@ parameter and a float32 tensor, ``compensation``, exactly a float32 number; arit
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,11 @@ def working_dtype(weight: Tensor) -> torch.dtype:
 def is_short(weight: Tensor) -> bool:
     """Whether a weight has too few bits to add small steps to."""
     return weight.dtype in (torch.bfloat16, torch.float16)
+
+
+def rounding(dtypes: Iterable[torch.dtype]) -> float:
+    """The relative rounding of what has gone through numbers of all these dtypes: that of the coarsest."""
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def widen(weight: Tensor, compensation: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ class Rule(Part):
     looks_first: ClassVar[bool] = False
     """Whether what a probe shows decides the step itself (:meth:`judge` comes before anything moves), not the next one."""
     needs_loss: ClassVar[bool] = False
-    """Whether a step without a loss is refused."""
+    """Whether a step without a loss is refused. Of a model whose gradient is not finite it then sees zeros, and the loss NaN:
+    that, like every loss that is no number, is to make no step."""
 
     def declare_shared(self, options: Mapping[str, Any]) -> tuple[State, ...]:
         """The state for all parameters together: one number for each model, float64. None: the rule is not global."""
@@ -59,8 +60,13 @@ class Rule(Part):
         options: Mapping[str, Any],
         before: Tensor,
         after: Tensor,
+        eps: float,
     ) -> None:
-        """After a probe: adapt the ``shared`` state by the batch's loss here and there, as ``loss`` above."""
+        """After a probe: adapt the ``shared`` state by the batch's loss here and there, as ``loss`` above.
+
+        ``eps`` is the relative rounding of the coarsest numbers that the loss has gone through: the weights', or those of
+        autocast.
+        """
 
     def retracts(self, options: Mapping[str, Any]) -> bool:
         """Whether a step may be shortened once its loss is known (:meth:`share`); costs a copy of the weights."""

@@ -190,9 +190,13 @@ class Divergence(Rule):
     def check(self) -> None:
         known = ", ".join(GENERATORS)
         require("divergence", self.divergence, f"one of {known}", lambda v: v in GENERATORS)
-        require("algorithm", self.algorithm, "1, 2 or 3", lambda v: v in (1, 2, 3))
-        for name in ("initial_rate", "radius", "warmup_rate"):
-            require(name, getattr(self, name), "above 0 and finite", lambda v: all_of(v > 0, v < math.inf))
+        require("algorithm", self.algorithm, "1, 2 or 3", lambda v: type(v) is int and v in (1, 2, 3))
+        require("radius", self.radius, "above 0 and finite", lambda v: all_of(v > 0, v < math.inf))
+        for name in ("initial_rate", "warmup_rate"):
+            allowed = "above 0 and finite, as its inverse has to be"
+            require(
+                name, getattr(self, name), allowed, lambda v: all_of(v > 0, v < math.inf, 1 / v < math.inf)
+            )
         require("scope", self.scope, f"one of {', '.join(SCOPES)}", lambda v: v in SCOPES)
         require("growth", self.growth, "at least 1, or None", lambda v: v is None or v >= 1)
         if self.algorithm != 1 and GENERATORS[self.divergence].runs_away:

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from surefoot.optim.directions import is_some
 from surefoot.optim.parts import Number, Slot, State, all_of, require, require_limits, require_whole
+from surefoot.optim.precision import rounding
 from surefoot.optim.rules.base import Rule
 
 PROBES = ("step", "raw", "next")
+SEARCH = 40
+"""That many first steps are all probed where there is a ramp, whatever ``probe_every`` is."""
 
 
 def rises(f0: Tensor, f1: Tensor, h: Tensor, slope: Tensor, threshold: Number, floor: Tensor) -> Tensor:
@@ -63,8 +66,9 @@ class LossGrad(Rule):
     ``initial_rate``: h at the start, above 0. ``up`` and ``down``: at least 1; equal ones make h the median over the
     batches of the best step, a larger ``down`` a lower quantile, log up / (log up + log down). ``threshold`` in (0, 1].
     ``ramp``: at least 1, a larger factor to begin with, so that an initial rate that is far off does not take hundreds of
-    steps to leave: whenever h turns upwards its root takes its place, until ``up`` and ``down`` are larger. ``probe_every`` = k: a probe at every k-th step, with factors up^k and down^k. ``step_sizes``: smallest and largest
-    h.
+    steps to leave: whenever h turns upwards its root takes its place, until ``up`` and ``down`` are larger. ``probe_every`` = k:
+    a probe at every k-th step, with factors up^k and down^k; where there is a ramp (in a stack: where it is a tensor), the
+    first 40 steps are all probed, with up and down. ``step_sizes``: smallest and largest h.
 
     ``probe``: "step" looks along the step that is taken; "raw" along the direction without its momentum (g, or Adam's
     g / (sqrt(v_hat) + eps)), with the momentum's gain divided out of the step; "next" takes the next step's loss for the
@@ -78,9 +82,11 @@ class LossGrad(Rule):
     ``horizon`` = T: the steps that are taken fade linearly, from h to h / T at step T and then to 0; the probe stays at h.
     ``None``: no fading.
 
-    Parameter groups with their own lr move by their own multiple of the one h. A scheduler shortens the step that is
-    taken, not the one that is probed, so that h does not grow to undo the schedule: where a group has a ``max_lr`` or an
-    ``initial_lr`` (schedulers write them), that is its multiple.
+    Parameter groups with their own lr move by their own multiple of the one h. A scheduler, or who changes ``group["lr"]`` by
+    hand, shortens the step that is taken, not the one that is probed, so that h does not grow to undo it: what is probed is
+    the lr that the group was given, ``group["given_lr"]``.
+
+    No step is made, and h stays, where the loss or the gradient is not finite.
     """
 
     initial_rate: Number = 1e-4
@@ -99,11 +105,13 @@ class LossGrad(Rule):
     probes: ClassVar[bool] = True
 
     def check(self) -> None:
-        require("initial_rate", self.initial_rate, "above 0", lambda v: v > 0)
+        require(
+            "initial_rate", self.initial_rate, "above 0 and finite", lambda v: all_of(v > 0, v < math.inf)
+        )
         require("up", self.up, "at least 1", lambda v: v >= 1)
         require("down", self.down, "at least 1", lambda v: v >= 1)
         require("threshold", self.threshold, "in (0, 1]", lambda v: all_of(v > 0, v <= 1))
-        require("ramp", self.ramp, "at least 1", lambda v: v >= 1)
+        require("ramp", self.ramp, "at least 1 and finite", lambda v: all_of(v >= 1, v < math.inf))
         require_whole("probe_every", self.probe_every, 1)
         require("probe", self.probe, f"one of {', '.join(PROBES)}", lambda v: v in PROBES)
         if self.probe == "next":
@@ -140,10 +148,11 @@ class LossGrad(Rule):
     ) -> None:
         h, steps = shared["step_size"], shared["steps"]
         loss = cast(Tensor, loss).to(h.device)
+        known = torch.isfinite(loss)
         if options["probe"] == "next":
-            judged = self._judged(slots, shared, options, shared["before"], loss)
-            h.copy_(torch.where(steps > 0, judged, h))
-            shared["before"].copy_(loss)
+            eps = rounding(slot.parameter.dtype for slot in slots)
+            h.copy_(self._judged(slots, shared, options, shared["before"], loss, eps))
+            shared["before"].copy_(torch.where(known, loss, shared["before"]))
         space, grads = slots[0].space, [slot.loss_grad for slot in slots]
         along = [multiple(slot) * looks_along(slot) for slot in slots]
         slope = space.dot(grads, along).to(h.device)
@@ -156,13 +165,14 @@ class LossGrad(Rule):
             shared["decay_bend"].copy_(space.dot(shrunk, along) / 2)
         shared["slope"].copy_(slope + shared["decay_slope"])
         fade = faded(steps, options["horizon"])
-        shared["used"].copy_(h.fmin(polyak_cap(loss, shared["slope"], options["lower_bound"])))
+        capped = h.fmin(polyak_cap(loss, shared["slope"], options["lower_bound"]))
+        shared["used"].copy_(torch.where(known, capped, 0.0))
         shared["taken"].copy_(shared["used"] * fade)
         if options["probe"] == "next":
             taken = [slot.options["lr"] * looks_along(slot) for slot in slots]
             scheduled = any(map(is_scheduled, slots))
             share = space.dot(grads, taken).to(h.device) / slope if scheduled else torch.ones_like(slope)
-            shared["share"].copy_(share * fade)
+            shared["share"].copy_(torch.where(slope == 0, 1.0, share) * fade)
         steps.add_(1)
 
     def choose(self, slot: Slot) -> Tensor:
@@ -171,7 +181,8 @@ class LossGrad(Rule):
         return h / slot.direction.gain(slot.options) if slot.options["probe"] == "raw" else h
 
     def probes_at(self, clock: int, options: Mapping[str, Any]) -> bool:
-        return options["probe"] != "next" and clock % options["probe_every"] == 0
+        searching = clock <= SEARCH and has_ramp(options)
+        return options["probe"] != "next" and (searching or clock % options["probe_every"] == 0)
 
     def ahead(self, slot: Slot) -> Tensor | None:
         o = slot.options
@@ -187,8 +198,9 @@ class LossGrad(Rule):
         options: Mapping[str, Any],
         before: Tensor,
         after: Tensor,
+        eps: float,
     ) -> None:
-        shared["step_size"].copy_(self._judged(slots, shared, options, before, after))
+        shared["step_size"].copy_(self._judged(slots, shared, options, before, after, eps))
 
     def _judged(
         self,
@@ -197,17 +209,23 @@ class LossGrad(Rule):
         options: Mapping[str, Any],
         before: Tensor,
         after: Tensor,
+        eps: float,
     ) -> Tensor:
         """The step size after a look at the loss before and after a step; stores how much of it to keep."""
-        h, slope, every = shared["step_size"], shared["slope"], options["probe_every"]
+        h, slope = shared["step_size"], shared["slope"]
         before, after = before.to(h.device), after.to(h.device)
+        # From a loss that is no number, as from none, there's nothing to learn.
+        counts = (shared["steps"] > 0) & torch.isfinite(before)
+        every: Number = options["probe_every"]
+        if options["probe_every"] > 1 and has_ramp(options):
+            every = 1 + (options["probe_every"] - 1) * (shared["steps"] > SEARCH).to(h.dtype)
         # On a parabola the share of the predicted decrease that is missing grows with the step: where a schedule took a
         # share of h, it's compared with that share of the threshold.
         share = shared.get("share", 1.0)
         looked = shared["used"] * share
         # Half the predicted change is compared with losses that are rounded, as are the weights they are made from:
         # four units in the last place.
-        floor = 8 * torch.finfo(slots[0].parameter.dtype).eps * before.abs()
+        floor = 8 * eps * before.abs()
         after = after - looked * shared["decay_slope"] + looked * looked * shared["decay_bend"]
         risen = rises(before, after, looked, slope, options["threshold"] * share, floor)
         # The ramp: its factor is halved, in decades, at each turn upwards, and a fall goes back to where the last rise began.
@@ -219,7 +237,6 @@ class LossGrad(Rule):
         if options["retract"]:
             worse = torch.where(after <= before, math.inf, least.nan_to_num(nan=0.0).clamp(min=0))
             shared["limit"].copy_(torch.where(searching & ~risen, 0.0, worse))
-        counts = shared["steps"] > 0
         shared["factor"].copy_(torch.where(counts, factor, shared["factor"]))
         shared["last"].copy_(torch.where(counts, torch.where(risen, 1.0, -1.0), 0.0))
         # In its strides too, no further than to where the rule would settle on the parabola that was seen.
@@ -229,7 +246,7 @@ class LossGrad(Rule):
         # A capped step has told nothing of a longer one.
         longer = torch.where(shared["used"] < h, h, longer)
         shorter = torch.where(searching, h / factor, h / down)
-        return torch.where(risen, longer, shorter).clamp(*options["step_sizes"])
+        return torch.where(counts, torch.where(risen, longer, shorter).clamp(*options["step_sizes"]), h)
 
     def retracts(self, options: Mapping[str, Any]) -> bool:
         return options["retract"]
@@ -255,13 +272,17 @@ def looks_along(slot: Slot) -> Tensor:
     return slot.direction.raw(slot) if slot.options["probe"] == "raw" else slot.update
 
 
+def has_ramp(options: Mapping[str, Any]) -> bool:
+    """Whether there is a ramp, in a stack for any of its models (a tensor is not looked into)."""
+    return isinstance(options["ramp"], Tensor) or options["ramp"] > 1
+
+
 def multiple(slot: Slot) -> Number:
-    """What a parameter's step is multiplied by when it is probed: its group's lr, before or at the peak of a schedule."""
-    o = slot.options
-    return o.get("max_lr", o.get("initial_lr", o["lr"]))
+    """What a parameter's step is multiplied by when it is probed: its group's lr as it was given."""
+    return slot.options["given_lr"]
 
 
 def is_scheduled(slot: Slot) -> bool:
-    """Whether the step that is taken may differ from the one that is probed."""
-    lr, first = slot.options["lr"], multiple(slot)
-    return first is not lr and (isinstance(lr, Tensor) or isinstance(first, Tensor) or first != lr)
+    """Whether the step that is taken may differ from the one that is probed (tensors are not looked into)."""
+    lr, given = slot.options["lr"], slot.options["given_lr"]
+    return isinstance(lr, Tensor) or isinstance(given, Tensor) or lr != given

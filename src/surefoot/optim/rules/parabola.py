@@ -133,6 +133,7 @@ class PAL(Parabola):
         options: Mapping[str, Any],
         before: Tensor,
         after: Tensor,
+        eps: float,
     ) -> None:
         norm = shared["norm"]
         f0, f1 = self.ends(slots, before, after, norm.device)
@@ -181,12 +182,11 @@ class QLAB(Parabola):
         options: Mapping[str, Any],
         before: Tensor,
         after: Tensor,
+        eps: float,
     ) -> None:
         h = shared["step_size"]
         f0, f1 = self.ends(slots, before, after, h.device)
-        floor = (
-            8 * torch.finfo(slots[0].parameter.dtype).eps * f0.abs()
-        )  # four units in the last place, each loss
+        floor = 8 * eps * f0.abs()  # four units in the last place, each loss
         rate, new = qlab_step(f0, f1, shared["slope"], h, options["growth"], options["step_sizes"], floor)
         shared["rate"].copy_(rate)
         h.copy_(new)
