@@ -394,7 +394,7 @@ class TestForReal:
             log.close()
 
     def test_by_the_address_of_a_head(self, head, tmp_path):
-        process = surefoot(f"{COMPARE} --on {head[1]}", tmp_path, RAY_AUTH_MODE="token")
+        process = surefoot(f"{COMPARE} --engine separate --on {head[1]}", tmp_path, RAY_AUTH_MODE="token")
         out, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         assert out.splitlines()[-1] == "Report: surefoot-out/report.html"

@@ -14,6 +14,7 @@ from test_executor import TASK, numbers, planned
 from surefoot.lab import timing as timings
 from surefoot.lab.course import Timed
 from surefoot.lab.engines import AUTO, SEPARATE, STACKED, Timing, Way, batches
+from surefoot.lab.errors import UserError
 from surefoot.lab.executor import LocalProcesses
 from surefoot.lab.runs import RunSpec
 from surefoot.lab.timing import timing
@@ -137,16 +138,35 @@ def ask(engine=AUTO, runs=100, **options):
 class TestTiming:
     def test_climbs_with_the_faster_lowering_until_larger_is_no_faster(self, machine):
         falling = dict(zip((2, 4, 8, 16, 32, 64), (6e-4, 4e-4, 3e-4, 3.5e-4, 4e-4, 1e-4), strict=True))
-        machine.steps = {("vmap", 8): 5e-4} | {("grouped", k): step for k, step in falling.items()}
+        machine.steps = {("vmap", 2): 7e-4} | {("grouped", k): step for k, step in falling.items()}
         found = ask()
         assert machine.asked == [
             "alone",
-            *[(n, 8) for n in ("grouped", "vmap")],
-            *[("grouped", k) for k in (2, 4, 16, 32)],
+            ("grouped", 2),
+            ("vmap", 2),
+            *[("grouped", k) for k in (4, 8, 16, 32)],
         ]
         assert found.best(AUTO, 100).runs == 8
         assert ask(runs=10_000) == found  # more are no better
         assert len(machine.asked) == 7
+
+    def test_of_long_steps_fewer_are_tried(self, machine):
+        machine.alone = Timed(step=0.2, steps=10_000, rest=0.5)
+        machine.steps = {("grouped", 2): 0.3, ("vmap", 2): 0.25}
+        assert ask().best(AUTO, 100) == Way(None, 1, 0.2)
+        assert machine.asked == ["alone", ("grouped", 2), ("vmap", 2)]
+
+    def test_of_few_steps_trying_would_be_much(self, machine):
+        machine.alone = Timed(step=1.0, steps=50, rest=0.5)
+        assert ask(runs=10).ways == (Way(None, 1, 1.0),)
+        assert machine.asked == ["alone"]
+
+    def test_where_trying_killed_a_worker_it_is_not_tried_again(self, machine):
+        found = ask(deadly=True)
+        assert found.ways == (ALONE,)
+        assert found.refusal == "a worker died of trying"
+        assert ask(runs=10_000) == found
+        assert machine.asked == ["alone"]
 
     def test_no_more_runs_than_there_are_and_more_when_there_are_more(self, machine):
         machine.refusals = {"grouped": "no", "vmap": None}
@@ -182,9 +202,13 @@ class TestTiming:
         assert ask(runs=1000).refusal == "it draws numbers"
         assert machine.asked == ["alone"]
 
-    def test_no_memory_for_a_larger_stack(self, machine):
+    @pytest.mark.parametrize(
+        "error",
+        [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")],
+    )
+    def test_no_memory_for_a_larger_stack(self, machine, error):
         machine.refusals = {"grouped": None, "vmap": "no"}
-        machine.steps = {("grouped", 2): 6e-4, ("grouped", 4): 4e-4, ("grouped", 8): MemoryError()}
+        machine.steps = {("grouped", 2): 6e-4, ("grouped", 4): 4e-4, ("grouped", 8): error}
         assert ask().best(AUTO, 100).runs == 4
 
     def test_no_larger_stack_than_memory_allows(self, machine, monkeypatch):
@@ -201,7 +225,10 @@ class TestTiming:
         machine.steps = {(n, k): 1e-3 for n in ("grouped", "vmap") for k in (2, 4, 8)}
         found = ask()
         (file,) = tmp_path.rglob("*.json")
-        for text in ("{", "[]", json.dumps({"rest": 1})):
+        whole = json.loads(file.read_text())
+        damaged = [{"rest": 1}, {**whole, "ways": []}, {**whole, "ways": {}}, {**whole, "rest": None}]
+        damaged.append({**whole, "ways": [{**whole["ways"][0], "step": None}]})
+        for text in ("{", "[]", *map(json.dumps, damaged)):
             file.write_text(text)
             assert ask() == found
 
@@ -219,8 +246,10 @@ class TestTiming:
 
 
 @pytest.fixture
-def task_file(tmp_path):
+def task_file(tmp_path, monkeypatch):
     """A task of a linear layer, which can be a stack, or of a model that does what is asked."""
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def write(asked=None):
         path = tmp_path / "own.py"
@@ -266,27 +295,54 @@ class TestWorkers:
         assert len(results) == len(wanted)
         assert "another package" in reasons["dog"]
 
-    def test_a_worker_that_dies_of_a_stack_is_not_given_it_again(self, task_file, tmp_path):
+    STACKED_LOSS = """
+def loss(y, t):
+    if (HERE / "now").exists() and torch._C._functorch.maybe_current_level() is not None:
+        {}
+    return nn.functional.mse_loss(y, t)
+
+"""
+
+    def reference(self, task_file, asked):
+        """A task whose loss, once it is told "now", does what is asked inside a stack."""
         reference = task_file("    pass\n")
         path = Path(reference.removesuffix(":task"))
-        path.write_text(
-            path.read_text()
-            .replace("nn.functional.mse_loss,", "loss,")
-            .replace(
-                "def task()",
-                "def loss(y, t):\n"
-                "    if (HERE / 'die').exists() and torch._C._functorch.maybe_current_level() is not None:\n"
-                "        os.kill(os.getpid(), signal.SIGKILL)\n"
-                "    return nn.functional.mse_loss(y, t)\n\n"
-                "def task()",
-            )
-        )
+        text = path.read_text().replace("nn.functional.mse_loss,", "loss,")
+        path.write_text(text.replace("def task()", self.STACKED_LOSS.format(asked) + "def task()"))
+        return reference
+
+    @pytest.mark.parametrize("asked", ["os.kill(os.getpid(), signal.SIGKILL)", "raise RuntimeError"])
+    def test_a_stack_that_fails_or_kills_its_worker_is_gone_through_run_by_run(
+        self, task_file, tmp_path, asked
+    ):
+        reference = self.reference(task_file, asked)
         with LocalProcesses(reference, workers=1, engine=STACKED) as pool:
             wanted = planned(pool, "sgd", rates=(0.01, 0.1))
             arranged = pool.arrange(wanted)
             assert list(map(len, arranged)) == [4]
-            (tmp_path / "die").touch()
+            (tmp_path / "now").touch()
             results = list(pool.run(arranged))
+        assert [r.spec for r in results] == list(arranged[0])
         assert {r.environment["engine"] for r in results} == {"separate"}
-        assert {r.spec.key for r in results} == {s.key for s in wanted}
-        assert os.path.exists(tmp_path / "die")
+
+    def test_the_good_runs_of_a_stack_with_a_bad_one_are_given_out(self, task_file, tmp_path):
+        reference = self.reference(task_file, "raise RuntimeError")
+        path = Path(reference.removesuffix(":task"))
+        bad = "    if (HERE / 'now').exists() and float(y.detach().abs().max()) > 1e6:\n        raise KeyError\n    return nn."
+        path.write_text(path.read_text().replace("    return nn.", bad))
+        with LocalProcesses(reference, workers=1, engine=STACKED) as pool:
+            wanted = planned(pool, "sgd", rates=(0.01, 1e5), seeds=(0,))
+            arranged = pool.arrange(wanted)
+            (tmp_path / "now").touch()
+            results = pool.run(arranged)
+            assert next(results).spec.rate == 0.01
+            with pytest.raises(UserError, match="of sgd at rate 100000 with seed 0: KeyError"):
+                next(results)
+
+    def test_a_worker_that_dies_of_the_timing_of_stacks(self, task_file, tmp_path):
+        reference = self.reference(task_file, "os.kill(os.getpid(), signal.SIGKILL)")
+        with LocalProcesses(reference, workers=1, engine=STACKED) as pool:
+            wanted = planned(pool, "sgd", rates=(0.01,), seeds=range(3))
+            (tmp_path / "now").touch()
+            assert list(map(len, pool.arrange(wanted))) == [1, 1, 1]
+            assert pool.refusals() == {"sgd": "a worker died of trying"}

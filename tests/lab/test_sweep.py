@@ -130,7 +130,7 @@ class TestSearching:
         code, printed, _ = run(replace(ASKED, trials=2))
         assert code == 0
         assert len(script.ran) == 24
-        assert "2 trials of 3 runs; 8 of them (24 runs)" in printed
+        assert "8 trials of 3 runs; 8 of them (24 runs)" in printed
 
     def test_a_search_by_chance_shares_its_settings_with_one_of_more_seeds(self, script):
         run()

@@ -211,14 +211,12 @@ class Pool(ABC):
             for kind, number in numbers.items()
             if kind not in self._timings or max(alike or 0, number) > self._timings[kind][2]
         }
-        jobs = [
-            Job(
-                f"the timing of {worker.named(first[kind])}",
-                worker.estimate,
-                (first[kind], self._engine, number, remember),
-            )
-            for kind, number in wanted.items()
-        ]
+        jobs = []
+        for kind, number in wanted.items():
+            name = f"the timing of {worker.named(first[kind])}"
+            asked = first[kind], self._engine, number, remember
+            again = Job(name, worker.estimate, (*asked, True))
+            jobs.append(Job(name, worker.estimate, asked, () if self._engine == SEPARATE else (again,)))
         timings = dict(self._each(jobs))
         for place, (kind, number) in enumerate(wanted.items()):
             self._timings[kind] = (first[kind].optimizer, timings[place], number)
@@ -252,10 +250,11 @@ class Pool(ABC):
     def _job(self, batch: Sequence[RunSpec]) -> Job:
         kind = self._kinds.get(batch[0].key)
         lowering = self._way(kind).lowering if kind in self._timings else None
-        name = worker.named(batch[0]) + (f" and {len(batch) - 1} beside it" if len(batch) > 1 else "")
-        alone = Job(name, worker.run, (tuple(batch),))
         if lowering is None or len(batch) == 1:
-            return alone
+            more = f" and {len(batch) - 1} after it" if len(batch) > 1 else ""
+            return Job(worker.named(batch[0]) + more, worker.run, (tuple(batch),))
+        alone = tuple(Job(worker.named(run), worker.run, ((run,),)) for run in batch)
+        name = f"{worker.named(batch[0])} and {len(batch) - 1} beside it"
         return Job(name, worker.run, (tuple(batch), lowering), instead=alone)
 
     def _each(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Any]]:
@@ -264,7 +263,7 @@ class Pool(ABC):
             raise RuntimeError(f"Use {type(self).__name__} in a with statement, and not after its end.")
         upcoming = enumerate(jobs)
         waiting: deque[tuple[int, Job]] = deque()
-        deaths: Counter[int] = Counter()
+        deaths: Counter[int] = Counter()  # by the job's id, for jobs are compared by what they are
         busy: dict[Worker, tuple[int, Job]] = {}
 
         def wait_for(number: int) -> bool:
@@ -293,18 +292,27 @@ class Pool(ABC):
                     number, job = at = busy.pop(member)
                     reply = member.receive()
                     if reply is None:
-                        deaths[number] += 1
-                        if deaths[number] == self.tries:
+                        deaths[id(job)] += 1
+                        if job.instead:
+                            if 2 * deaths[id(job)] >= self.tries:
+                                waiting.extendleft((number, other) for other in reversed(job.instead))
+                            else:
+                                waiting.appendleft(at)
+                        elif deaths[id(job)] == self.tries:
                             times = "twice" if self.tries == 2 else f"{self.tries} times"
                             how = member.death()
                             # As Linux ends a process when memory runs out.
                             end = "; is there enough memory?" if "SIGKILL" in how else "."
                             raise UserError(f"Its process died {times} during {job.name} ({how}){end}")
-                        if at is not _START:
-                            waiting.appendleft((number, job.instead or job))
+                        elif at is not _START:
+                            waiting.appendleft(at)
                         occupy(self._replace(member))
                         continue
                     kind, value = reply
+                    if kind == "undone":
+                        waiting.extendleft((number, other) for other in reversed(job.instead))
+                        occupy(member)
+                        continue
                     if kind == "refused":
                         raise UserError(value)
                     if kind == "failed":

@@ -330,7 +330,7 @@ class _Search:
         finished = sum(outcome.state != "open" for outcome in outcomes)
         runs = sum(len(outcome.runs) for outcome in outcomes)
         session.say(
-            f"{count(self._most, 'trial')} of {count(search.seeds, 'run')}; {finished:,} of them "
+            f"{count(max(self._most, finished), 'trial')} of {count(search.seeds, 'run')}; {finished:,} of them "
             f"({count(runs, 'run')}) in {session.store.name} already."
         )
 

@@ -17,7 +17,7 @@ import torch
 
 from surefoot._version import __version__
 from surefoot.lab.course import processor
-from surefoot.lab.engines import MOST, SEPARATE, STACKED, Timing, Way
+from surefoot.lab.engines import AUTO, MOST, SEPARATE, STACKED, Timing, Way
 from surefoot.lab.population import LOWERINGS, kind_of, refusal, stack_step_seconds
 from surefoot.lab.runs import NUMERICS, RunSpec, digest_of
 from surefoot.lab.tasks.base import Task
@@ -32,15 +32,29 @@ MOMENT = 0.2
 """Seconds that each way is timed."""
 WORTH = 5.0
 """Seconds of training: to make less of it faster, no time is spent."""
+TRIAL = 60
+"""About how many single steps it takes to try whether stacks can be had and are faster."""
+DEAREST = 0.1
+"""The largest share of the work that this may be."""
+LONG = 0.05
+"""Seconds of a step: of longer ones two runs together are no faster, or more are not either."""
 _BETTER = 0.98
 """A way is better if it takes less than this share of the time."""
 
 
-def timing(task: Task, spec: RunSpec, device: str, engine: str, runs: int, remember: bool = True) -> Timing:
+def timing(
+    task: Task,
+    spec: RunSpec,
+    device: str,
+    engine: str,
+    runs: int,
+    remember: bool = True,
+    deadly: bool = False,
+) -> Timing:
     """What runs like this one take, each of the ways that ``engine`` allows.
 
-    Stacks are tried in powers of two as long as they become faster, and would not take more memory than each core may have.
-    What was found is kept in the user's cache folder
+    Stacks are tried in powers of two as long as they become faster, and would not take more memory than each core may have;
+    none for so little work that trying would be much of it. What was found is kept in the user's cache folder
     (``surefoot/engines``), a file for each machine, version, task and kind of run.
 
     Args:
@@ -50,6 +64,7 @@ def timing(task: Task, spec: RunSpec, device: str, engine: str, runs: int, remem
         engine: one of :data:`surefoot.lab.engines.ENGINES`.
         runs: how many such runs there are to do.
         remember: keep what was found.
+        deadly: trying stacks has killed a worker, so they are not to be tried any more.
     """
     most = min(runs, MOST)
     file = _folder() / f"{_machine_and_kind(spec, device)}.json"
@@ -57,12 +72,18 @@ def timing(task: Task, spec: RunSpec, device: str, engine: str, runs: int, remem
     if known is not None and (engine == SEPARATE or most <= known.up_to):
         return known
     found = known or _alone(task, spec, device)
-    if engine == SEPARATE or most < 2:
-        return found
-    if engine == STACKED or runs * found.seconds(found.ways[0]) > WORTH:
+    alone = found.ways[0]
+    long_enough = runs * found.seconds(alone) > WORTH and runs * found.steps > TRIAL / DEAREST
+    if deadly:
+        found = replace(
+            found, up_to=MOST, refusal="a worker died of trying" if found.ways == (alone,) else None
+        )
+    elif most >= 2 and (engine == STACKED or (engine == AUTO and long_enough)):
         found = _stacks(found, task, spec, device, most)
-        if remember:
-            _write(file, found)
+    else:
+        return found
+    if remember:
+        _write(file, found)
     return found
 
 
@@ -78,14 +99,15 @@ def _stacks(found: Timing, task: Task, spec: RunSpec, device: str, most: int) ->
     if not usable:
         return replace(found, up_to=MOST, refusal=list(refusals.values())[-1])
     ways = list(found.ways)
-    if len(usable) > 1 and len(ways) == 1:  # which of them is told by one size, and then climbs alone
-        ways += [way for name in usable if (way := _way(task, spec, device, name, min(most, 8)))]
+    if len(usable) > 1 and len(ways) == 1:  # which of them is told by the smallest, and then climbs alone
+        ways += [way for name in usable if (way := _way(task, spec, device, name, 2))]
     lowering = min(ways[1:], key=lambda way: way.step).lowering if len(ways) > 1 else usable[0]
     assert lowering is not None
     tried = {way.runs: way for way in ways if way.lowering == lowering}
     best, size, worse = ways[0].step, 2, 0
     before, room = _peak_memory(), _free_memory() / (os.cpu_count() or 1)
-    while size <= most and worse < 2 and 2 * (_peak_memory() - before) < room:
+    patience = 2 if best < LONG else 1
+    while size <= most and worse < patience and 2 * (_peak_memory() - before) < room:
         if size not in tried:
             way = _way(task, spec, device, lowering, size)
             if way is None:  # no memory for it
@@ -103,8 +125,10 @@ def _way(task: Task, spec: RunSpec, device: str, lowering: str, runs: int) -> Wa
     specs = [replace(spec, seed=seed) for seed in range(runs)]
     try:
         return Way(lowering, runs, stack_step_seconds(task, specs, device, lowering, MOMENT) / runs)
-    except (torch.OutOfMemoryError, MemoryError):
-        return None
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
+            return None
+        raise
 
 
 def _peak_memory() -> int:
@@ -149,8 +173,10 @@ def _machine_and_kind(spec: RunSpec, device: str) -> str:
 def _read(file: Path) -> Timing | None:
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf8"))
-        return Timing(**{**record, "ways": tuple(Way(**way) for way in record["ways"])})
-    except (OSError, ValueError, KeyError, TypeError):  # none, or not ours
+        found = Timing(**{**record, "ways": tuple(Way(**way) for way in record["ways"])})
+        numbers = [found.rest, found.steps, found.up_to, *(way.step for way in found.ways)]
+        return found if found.ways[0].runs == 1 and all(number >= 0 for number in numbers) else None
+    except (OSError, ValueError, LookupError, TypeError):  # none, or not ours
         return None
 
 

@@ -31,12 +31,16 @@ class Job:
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    instead: Job | None = None
-    """What is to be tried if it was the death of a worker; ``None``: the same again."""
+    instead: tuple[Job, ...] = ()
+    """What is to be done in its place if it cannot be done, or is the death of workers; none: it has to be done."""
 
 
-Reply = tuple[Literal["done", "refused", "failed"], Any]
-"""A job's value, the message of its ``UserError``, or what went wrong in it."""
+Reply = tuple[Literal["done", "refused", "failed", "undone"], Any]
+"""A job's value, the message of its ``UserError``, what went wrong in it, or that what there is in its place is to be done."""
+
+
+class UndoneError(Exception):
+    """A job was not done, but :attr:`Job.instead` may be."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ def answer(room: Room, job: Job) -> Reply:
 
     try:
         return "done", job.function(room, *job.arguments)
+    except UndoneError:
+        return "undone", None
     except UserError as error:
         return "refused", str(error)
     except BaseException as error:  # a task may raise what it likes; only a signal ends a worker
@@ -139,25 +145,30 @@ def kinds(room: Room, runs: Sequence[RunSpec]) -> list[str]:
     return [kind_of(spec) for spec in runs]
 
 
-def estimate(room: Room, spec: RunSpec, engine: str, runs: int, remember: bool) -> Timing:
-    """What so many runs like this one take, each of the ways that ``engine`` allows."""
+def estimate(
+    room: Room, spec: RunSpec, engine: str, runs: int, remember: bool, deadly: bool = False
+) -> Timing:
+    """What so many runs like this one take, each of the ways that ``engine`` allows; ``deadly``: stacks killed a worker."""
     from surefoot.lab.timing import timing
 
-    return timing(room.task, spec, room.device, engine, runs, remember)
+    return timing(room.task, spec, room.device, engine, runs, remember, deadly)
 
 
 def run(room: Room, batch: Sequence[RunSpec], lowering: str | None = None) -> list[RunResult]:
     """The runs of a batch: as one stack, or one after the other.
 
-    A stack that fails is gone through again one by one, so that only the run whose fault it was ends what is being done.
+    Raises:
+        UndoneError: the stack failed. By itself each run may do, or else it will be known whose fault it was.
     """
     from surefoot.lab import population, train
     from surefoot.lab.tasks import explain
 
     _check_version(room, batch[0])
     if lowering is not None and len(batch) > 1:
-        with suppress(Exception):
+        try:
             return population.train_stack(room.task, batch, room.device, lowering)
+        except Exception as error:
+            raise UndoneError from error
     results = []
     for spec in batch:
         _check_version(room, spec)
