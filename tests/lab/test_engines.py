@@ -318,10 +318,10 @@ def loss(y, t):
         with LocalProcesses(reference, workers=1, engine=STACKED) as pool:
             wanted = planned(pool, "sgd", rates=(0.01, 0.1))
             arranged = pool.arrange(wanted)
-            assert list(map(len, arranged)) == [4]
+            assert max(map(len, arranged)) > 1
             (tmp_path / "now").touch()
             results = list(pool.run(arranged))
-        assert [r.spec for r in results] == list(arranged[0])
+        assert [r.spec for r in results] == [run for batch in arranged for run in batch]
         assert {r.environment["engine"] for r in results} == {"separate"}
 
     def test_the_good_runs_of_a_stack_with_a_bad_one_are_given_out(self, task_file, tmp_path):
@@ -331,7 +331,8 @@ def loss(y, t):
         path.write_text(path.read_text().replace("    return nn.", bad))
         with LocalProcesses(reference, workers=1, engine=STACKED) as pool:
             wanted = planned(pool, "sgd", rates=(0.01, 1e5), seeds=(0,))
-            arranged = pool.arrange(wanted)
+            (together,) = arranged = pool.arrange(wanted)
+            assert len(together) == 2
             (tmp_path / "now").touch()
             results = pool.run(arranged)
             assert next(results).spec.rate == 0.01
