@@ -314,6 +314,46 @@ def frozen_first(module):
     module.first.requires_grad_(False)
 
 
+def clipped(register):
+    """A sequence of layers of which each parameter has a hook that changes nothing here."""
+
+    def model():
+        made = layers()
+        for p in made.parameters():
+            register(p)
+        return made
+
+    return model
+
+
+def limited(p):
+    p.grad.clamp_(-9, 9)
+
+
+def hooked_backward(kind):
+    def model():
+        made = layers()
+        getattr(made[0], f"register_full_backward_{kind}")(lambda *arguments: None)
+        return made
+
+    return model
+
+
+def clipped_signal(module, h):
+    if h.requires_grad:
+        h.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+    return h
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cells, self.last = nn.LSTM(1, 4, batch_first=True), nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        return self.last(self.cells(x.unsqueeze(-1))[0][:, -1])
+
+
 class TestModelsOfOnesOwn:
     @pytest.mark.parametrize(
         "model",
@@ -392,6 +432,19 @@ class TestModelsOfOnesOwn:
                 "out_features of Linear 0",
             ),
             (lambda: nn.Sequential(nn.Linear(FEATURES, 1), nn.Linear(2, CLASSES)), "it fails by itself"),
+            (
+                clipped(lambda p: p.register_hook(lambda gradient: gradient.clamp(-9, 9))),
+                "parameter 0.weight has a hook on its gradient",
+            ),
+            (
+                clipped(lambda p: p.register_post_accumulate_grad_hook(limited)),
+                "parameter 0.weight has a hook on its gradient",
+            ),
+            (hooked_backward("hook"), "Linear 0 has a backward hook"),
+            (hooked_backward("pre_hook"), "Linear 0 has a backward hook"),
+            (lambda: OfItsOwn(clipped_signal), "asks whether a tensor needs a gradient"),
+            (lambda: OfItsOwn(lambda m, h: h if h.grad_fn is None else 2 * h), "needs a gradient"),
+            (Recurrent, "LSTM cells is one operation to torch"),
         ],
         ids=[
             *(
@@ -406,9 +459,11 @@ class TestModelsOfOnesOwn:
                 "weight",
                 "weights",
             ),
-            *("generator", "depth", "width", "wrong"),
+            *("generator", "depth", "width", "wrong", "clipped", "clipped_later", "backward", "backward_pre"),
+            *("clipped_signal", "by_graph", "recurrent"),
         ],
     )
+    @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
     def test_what_cannot_be_stacked_is_refused_with_the_reason(self, model, reason):
         task, spec = make_task(model), make_spec()
         assert usable(task, spec) == []
@@ -417,6 +472,21 @@ class TestModelsOfOnesOwn:
         assert "\n" not in found
         with pytest.raises(UserError, match=rf"Task small cannot be trained as a stack: .*({reason})"):
             train_stack(task, [spec, replace(spec, seed=1)])
+
+    @pytest.mark.parametrize("padding", [2, -3])
+    def test_a_padding_row_is_not_trained(self, padding):
+        class Words(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.rows, self.last = nn.Embedding(5, 4, padding_idx=padding), nn.Linear(4, CLASSES)
+
+            def forward(self, x):
+                return self.last(torch.tanh(self.rows(x)).mean(1))
+
+        task = make_task(Words)
+        words = [((inputs + 2).long() % 5, targets) for inputs, targets in (task.train, task.validation)]
+        task = replace(task, train=words[0], validation=words[1])
+        assert_stack_is_separate(task, [make_spec("adam", 0.05, seed) for seed in range(3)], "vmap")
 
     def test_models_that_differ_only_for_some_seeds_are_refused_when_they_come(self):
         def more(module):

@@ -25,7 +25,16 @@ from surefoot.lab import catalogue
 from surefoot.lab.alike import difference
 from surefoot.lab.course import Course
 from surefoot.lab.errors import UserError
-from surefoot.lab.lowering import Grouped, Lowering, Tensors, UnsuitedError, Vmapped, counts_all, loss_of_each
+from surefoot.lab.lowering import (
+    Grouped,
+    Lowering,
+    Tensors,
+    UnsuitedError,
+    Vmapped,
+    counts_all,
+    loss_of_each,
+    refuse_gradient_hooks,
+)
 from surefoot.lab.packages import Rival
 from surefoot.lab.runs import RunResult, RunSpec, digest_of
 from surefoot.lab.schedules import scheduler
@@ -155,11 +164,12 @@ class Stack(Course):
         for seed in dict.fromkeys(spec.seed for spec in specs):
             seed_everything(stream_seed(seed, "weights"), device)
             models[seed] = task.model().to(device).train()
+            refuse_gradient_hooks(models[seed])
         first, *others = models.values()
+        self.model, self._lowering = first, lowering(first)
         for other in others:
             if (what := difference(first, other)) is not None:
                 raise UnsuitedError(f"{what} may be another from each seed")
-        self.model, self._lowering = first, lowering(first)
 
         def stacked(kind: str) -> Tensors:
             own = {seed: dict(getattr(model, f"named_{kind}s")()) for seed, model in models.items()}
