@@ -464,8 +464,8 @@ def _trial_of_divergence(stack: Stack, rounding: float) -> str | None:
             if _lacks_memory(error):
                 raise
             continue
-        pairs = [[t if t is None else t[1 - lost] for t in side] for side in (found, expected)]
-        if not _agree(*pairs, rounding):
+        ours, theirs = ([t if t is None else t[1 - lost] for t in side] for side in (found, expected))
+        if not _agree(ours, theirs, rounding):
             return "a run whose weights are no numbers any more would spoil the others"
     return None
 
