@@ -117,6 +117,17 @@ def in_double(task, patterns, validation):
     )
 
 
+def in_precision(dtype, model=layers):
+    """The small task in another precision."""
+    task = make_task()
+    return replace(
+        task,
+        model=lambda: model().to(dtype),
+        train=(task.train[0].to(dtype), task.train[1]),
+        validation=(task.validation[0].to(dtype), task.validation[1]),
+    )
+
+
 TASKS = {
     "digits": lambda: load("digits"),
     "digits-mlp": lambda: load("digits-mlp"),
@@ -314,6 +325,46 @@ def frozen_first(module):
     module.first.requires_grad_(False)
 
 
+def clipped(register):
+    """A sequence of layers of which each parameter has a hook that changes nothing here."""
+
+    def model():
+        made = layers()
+        for p in made.parameters():
+            register(p)
+        return made
+
+    return model
+
+
+def limited(p):
+    p.grad.clamp_(-9, 9)
+
+
+def hooked_backward(kind):
+    def model():
+        made = layers()
+        getattr(made[0], f"register_full_backward_{kind}")(lambda *arguments: None)
+        return made
+
+    return model
+
+
+def clipped_signal(module, h):
+    if h.requires_grad:
+        h.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+    return h
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cells, self.last = nn.LSTM(1, 4, batch_first=True), nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        return self.last(self.cells(x.unsqueeze(-1))[0][:, -1])
+
+
 class TestModelsOfOnesOwn:
     @pytest.mark.parametrize(
         "model",
@@ -392,6 +443,19 @@ class TestModelsOfOnesOwn:
                 "out_features of Linear 0",
             ),
             (lambda: nn.Sequential(nn.Linear(FEATURES, 1), nn.Linear(2, CLASSES)), "it fails by itself"),
+            (
+                clipped(lambda p: p.register_hook(lambda gradient: gradient.clamp(-9, 9))),
+                "parameter 0.weight has a hook on its gradient",
+            ),
+            (
+                clipped(lambda p: p.register_post_accumulate_grad_hook(limited)),
+                "parameter 0.weight has a hook on its gradient",
+            ),
+            (hooked_backward("hook"), "Linear 0 has a backward hook"),
+            (hooked_backward("pre_hook"), "Linear 0 has a backward hook"),
+            (lambda: OfItsOwn(clipped_signal), "asks whether a tensor needs a gradient"),
+            (lambda: OfItsOwn(lambda m, h: h if h.grad_fn is None else 2 * h), "needs a gradient"),
+            (Recurrent, "LSTM cells is one operation to torch"),
         ],
         ids=[
             *(
@@ -406,9 +470,11 @@ class TestModelsOfOnesOwn:
                 "weight",
                 "weights",
             ),
-            *("generator", "depth", "width", "wrong"),
+            *("generator", "depth", "width", "wrong", "clipped", "clipped_later", "backward", "backward_pre"),
+            *("clipped_signal", "by_graph", "recurrent"),
         ],
     )
+    @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
     def test_what_cannot_be_stacked_is_refused_with_the_reason(self, model, reason):
         task, spec = make_task(model), make_spec()
         assert usable(task, spec) == []
@@ -417,6 +483,21 @@ class TestModelsOfOnesOwn:
         assert "\n" not in found
         with pytest.raises(UserError, match=rf"Task small cannot be trained as a stack: .*({reason})"):
             train_stack(task, [spec, replace(spec, seed=1)])
+
+    @pytest.mark.parametrize("padding", [2, -3])
+    def test_a_padding_row_is_not_trained(self, padding):
+        class Words(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.rows, self.last = nn.Embedding(5, 4, padding_idx=padding), nn.Linear(4, CLASSES)
+
+            def forward(self, x):
+                return self.last(torch.tanh(self.rows(x)).mean(1))
+
+        task = make_task(Words)
+        words = [((inputs + 2).long() % 5, targets) for inputs, targets in (task.train, task.validation)]
+        task = replace(task, train=words[0], validation=words[1])
+        assert_stack_is_separate(task, [make_spec("adam", 0.05, seed) for seed in range(3)], "vmap")
 
     def test_models_that_differ_only_for_some_seeds_are_refused_when_they_come(self):
         def more(module):
@@ -772,6 +853,103 @@ class TestTrial:
         assert refusal(make_task(), make_spec(), lowering="grouped") == (
             "it gives other losses for several runs at once than for each by itself"
         )
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_finds_small_mistakes_in_any_precision(self, monkeypatch, dtype):
+        class Wrong(LOWERINGS["grouped"]):
+            def train(self, tensors, inputs, streams):
+                return super().train(tensors, inputs, streams) * (1 + 1e-5)
+
+        task = in_precision(dtype)
+        assert usable(task, make_spec()) == ["grouped", "vmap"]
+        monkeypatch.setitem(LOWERINGS, "grouped", Wrong)
+        # Of another task, for the verdict on this one is known.
+        assert "it gives other" in (refusal(in_precision(dtype), make_spec(), lowering="grouped") or "")
+
+    def test_finds_what_is_wrong_with_one_small_tensor_only(self, monkeypatch):
+        class Wrong(LOWERINGS["grouped"]):
+            def train(self, tensors, inputs, streams):
+                bias = tensors["4.bias"]
+                return super().train(
+                    {**tensors, "4.bias": bias + 1e-4 * (bias - bias.detach())}, inputs, streams
+                )
+
+        def model():
+            made = layers()
+            made[4].weight.data *= 1e4  # whose gradients are then the others'
+            return made
+
+        monkeypatch.setitem(LOWERINGS, "grouped", Wrong)
+        assert "other gradients" in (refusal(make_task(model), make_spec(), lowering="grouped") or "")
+
+    def test_what_insists_on_its_own_precision_is_compared_in_that(self, monkeypatch):
+        class Insisting(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layers = layers()
+
+            def forward(self, x):
+                return self.layers(x.float())
+
+        class Wrong(LOWERINGS["vmap"]):
+            def train(self, tensors, inputs, streams):
+                return super().train(tensors, inputs, streams) * (1 + 1e-3)
+
+        assert usable(in_precision(torch.float32, Insisting), make_spec()) == ["vmap"]
+        monkeypatch.setitem(LOWERINGS, "vmap", Wrong)
+        task = in_precision(torch.float32, Insisting)
+        assert "other losses" in (refusal(task, make_spec(), lowering="vmap") or "")
+
+    def test_a_gradient_that_is_rounding_only_is_no_difference(self):
+        def model():  # biases before BatchNorm
+            between = [nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU()) for _ in range(4)]
+            return nn.Sequential(nn.Linear(FEATURES, 16), *between, nn.Linear(16, CLASSES))
+
+        for dtype in (torch.float64, torch.float32):
+            assert usable(in_precision(dtype, model), make_spec()) == ["grouped", "vmap"]
+
+    @pytest.mark.parametrize("scale", [1e-2, 1e-4])
+    def test_a_loss_with_the_weights_of_the_model_made_last_is_refused(self, scale):
+        def model():
+            made.append(nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES)))
+            return made[-1]
+
+        def loss(outputs, targets):
+            size = sum(p.square().sum() for p in made[-1].parameters())
+            return nn.functional.cross_entropy(outputs, targets) + scale * size
+
+        made = []
+        assert usable(replace(in_precision(torch.float32, model), loss=loss), make_spec()) == []
+
+    def test_it_compares_piece_by_piece(self, monkeypatch):
+        monkeypatch.setattr(population, "_AT_ONCE", 10)
+        assert usable(make_task(), make_spec()) == ["grouped", "vmap"]
+        a = torch.arange(60.0).view(20, 3)
+        assert population._distance(a.mT, (a + 1).mT) == pytest.approx((60**0.5, float((a + 1).norm())))
+        assert population._distance(a, a / 0) is None
+
+    @pytest.mark.parametrize("calls", [0, 2])  # the batches, and the trial of divergence
+    @pytest.mark.parametrize(
+        "error",
+        [
+            MemoryError(),
+            torch.OutOfMemoryError("CUDA out of memory."),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        ],
+    )
+    def test_want_of_memory_is_a_reason(self, monkeypatch, error, calls):
+        class Large(LOWERINGS["grouped"]):
+            made = 0
+
+            def train(self, tensors, inputs, streams):
+                self.made += 1
+                if self.made > calls:
+                    raise error
+                return super().train(tensors, inputs, streams)
+
+        monkeypatch.setitem(LOWERINGS, "grouped", Large)
+        reason = refusal(make_task(), make_spec(), lowering="grouped")
+        assert reason == "there is not the memory for two runs at once"
 
     def test_finds_a_lowering_in_which_one_model_spoils_another(self, monkeypatch):
         class Leaky(LOWERINGS["grouped"]):

@@ -29,6 +29,22 @@ class UnsuitedError(Exception):
     """A model that a lowering cannot compute; the message says why, as the end of a sentence."""
 
 
+def refuse_gradient_hooks(model: nn.Module) -> None:
+    """Refuse hooks that see or change gradients: in a stack the model's own tensors get none.
+
+    Raises:
+        UnsuitedError: there is such a hook.
+    """
+    for name, p in model.named_parameters():
+        own: Any = p
+        if own._backward_hooks or own._post_accumulate_grad_hooks:
+            raise UnsuitedError(f"parameter {name} has a hook on its gradient, which would not be called")
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            what = f"{type(module).__name__} {name}".strip()
+            raise UnsuitedError(f"{what} has a backward hook, which would not get each run's own gradient")
+
+
 class Lowering(ABC):
     """One way of computing K models at once, made from one of them, which lends its layers and keeps its own weights.
 
@@ -69,6 +85,10 @@ class Vmapped(Lowering):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.RNNBase):
+                what = f"{type(module).__name__} {name}".strip()
+                raise UnsuitedError(f"{what} is one operation to torch, and one that its vmap does not take")
         self._buffers = [name for name, _ in model.named_buffers()]
 
     def train(self, tensors: Tensors, inputs: Tensor, streams: Streams) -> Any:
@@ -108,13 +128,20 @@ def each(function: Callable[..., Any], streams: Streams, *arguments: Any) -> Any
 
 
 class _OwnNumbers(TorchFunctionMode):
-    """Inside a ``vmap``, the common random functions draw each model's numbers from its own stream."""
+    """Inside a ``vmap``, the common random functions draw each model's numbers from its own stream.
+
+    What ``vmap`` would do wrongly without a word is put right here too, or refused.
+    """
 
     DROPPING = frozenset(
         {functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d}
     )
     FROM_SHAPE = frozenset({torch.rand, torch.randn, torch.randint, torch.randperm})
     FROM_LIKE = frozenset({torch.rand_like, torch.randn_like, torch.randint_like})
+    OF_THE_GRAPH = frozenset(
+        cast(Any, getter).__get__ for getter in (Tensor.requires_grad, Tensor.grad_fn, Tensor.is_leaf)
+    )
+    """Inside, every tensor seems to be one that needs no gradient."""
 
     def __init__(self, streams: Streams, token: Tensor) -> None:
         super().__init__()
@@ -134,7 +161,22 @@ class _OwnNumbers(TorchFunctionMode):
         if function in self.FROM_LIKE:
             like, *others = arguments
             return self._drawn(lambda: function(_ones_like(like), *others, **named))
+        if function is functional.embedding:
+            return self._embedded(*arguments, **named)
+        if function in self.OF_THE_GRAPH:
+            raise UnsuitedError(
+                "its code asks whether a tensor needs a gradient, which cannot be told for several runs at once"
+            )
         return function(*arguments, **named)
+
+    def _embedded(
+        self, input: Tensor, weight: Tensor, padding_idx: int | None = None, *others: Any, **named: Any
+    ) -> Tensor:
+        rows = functional.embedding(input, weight, None, *others, **named)
+        if padding_idx is None:
+            return rows
+        padding = input == padding_idx % len(weight)  # whose row vmap would train
+        return torch.where(padding.unsqueeze(-1), rows.detach(), rows)
 
     def _dropped(
         self,

@@ -8,9 +8,10 @@ would be by itself, to rounding: sums are added up in another order, and float32
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
@@ -25,7 +26,16 @@ from surefoot.lab import catalogue
 from surefoot.lab.alike import difference
 from surefoot.lab.course import Course
 from surefoot.lab.errors import UserError
-from surefoot.lab.lowering import Grouped, Lowering, Tensors, UnsuitedError, Vmapped, counts_all, loss_of_each
+from surefoot.lab.lowering import (
+    Grouped,
+    Lowering,
+    Tensors,
+    UnsuitedError,
+    Vmapped,
+    counts_all,
+    loss_of_each,
+    refuse_gradient_hooks,
+)
 from surefoot.lab.packages import Rival
 from surefoot.lab.runs import RunResult, RunSpec, digest_of
 from surefoot.lab.schedules import scheduler
@@ -155,11 +165,12 @@ class Stack(Course):
         for seed in dict.fromkeys(spec.seed for spec in specs):
             seed_everything(stream_seed(seed, "weights"), device)
             models[seed] = task.model().to(device).train()
+            refuse_gradient_hooks(models[seed])
         first, *others = models.values()
+        self.model, self._lowering = first, lowering(first)
         for other in others:
             if (what := difference(first, other)) is not None:
                 raise UnsuitedError(f"{what} may be another from each seed")
-        self.model, self._lowering = first, lowering(first)
 
         def stacked(kind: str) -> Tensors:
             own = {seed: dict(getattr(model, f"named_{kind}s")()) for seed, model in models.items()}
@@ -323,8 +334,13 @@ class Stack(Course):
 
 # ----------------------------------------------------------------------------------------------------------- the trial
 
+Results = dict[str, list[Tensor | None]]
+"""What is compared: losses, gradients, outputs and buffers."""
+
 _verdicts: dict[int, tuple[weakref.ref[Task], dict[Any, str | None]]] = {}
 """By the task's id: what came out of its trials."""
+_AT_ONCE = 1_000_000
+"""Numbers that are compared at once."""
 
 
 def _tried(task: Task, spec: RunSpec, device: torch.device, lowering: str) -> str | None:
@@ -342,35 +358,90 @@ def _tried(task: Task, spec: RunSpec, device: torch.device, lowering: str) -> st
 
 
 def _trial(task: Task, spec: RunSpec, device: torch.device, lowering: type[Lowering]) -> str | None:
-    """Why two such runs are not the same together as each by itself; ``None``: they are."""
+    """Why two such runs are not the same together as each by itself; ``None``: they are.
+
+    It is made in float64, where rounding hides nothing, and then in the task's own precision. What insists on its own
+    precision is judged in that.
+    """
+    exact = False
+    if task.train[0].dtype != torch.float64:
+        try:
+            if (reason := _compared(_in_double(task, spec.batch_size), spec, device, lowering)) is not None:
+                return reason
+            exact = True
+        except Exception:  # perhaps only in float64
+            pass
+    try:
+        return _compared(task, spec, device, lowering, rough=exact)
+    except Exception as error:
+        return _reason(error)
+
+
+def _in_double(task: Task, batch_size: int) -> Task:
+    """The task in float64, with the first patterns only: enough for the trial."""
+
+    def cut(data: tuple[Tensor, Tensor], patterns: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = (t[:patterns].double() if t.is_floating_point() else t[:patterns] for t in data)
+        return inputs, targets
+
+    loss: Any = task.loss
+    return replace(
+        task,
+        model=lambda: task.model().double(),
+        train=cut(task.train, 2 * batch_size),
+        validation=cut(task.validation, batch_size),
+        loss=deepcopy(loss).double() if isinstance(loss, nn.Module) else loss,
+    )
+
+
+def _compared(
+    task: Task, spec: RunSpec, device: torch.device, lowering: type[Lowering], *, rough: bool = False
+) -> str | None:
+    """Why the two runs are not the same, where nothing fails; ``rough``: as for :func:`_agree`."""
     pair = [replace(spec, seed=seed) for seed in range(2)]
     try:
         alone = [_first_results(Single(task, own, device)) for own in pair]
     except Exception as error:
-        return f"it fails by itself ({explain(error)})"
-    try:
-        stack = Stack(task, pair, device, lowering)
-        model, others_numbers = deepcopy(stack.model), _numbers_of_others()
-        together = _first_results(stack)
-    except UnsuitedError as error:
-        return str(error)
-    except Exception as error:
-        return _reason(error)
+        if _lacks_memory(error):
+            raise
+        raise UnsuitedError(f"it fails by itself ({explain(error)})") from error
+    stack = Stack(task, pair, device, lowering)
+    model, others_numbers = deepcopy(stack.model), _numbers_of_others()
+    together = _first_results(stack)
     if _numbers_of_others() != others_numbers:
         return "it draws random numbers from Python or NumPy, which a stack would draw once for all its runs"
     if (what := difference(model, stack.model)) is not None:
         return f"{what} changes from batch to batch"
+    rounding = _rounding(t for own in alone for tensors in own.values() for t in tensors)
+    if (what := _told_apart(together, alone, rounding, rough=rough)) is not None:
+        return f"it gives other {what} for several runs at once than for each by itself"
+    del model, alone, together  # what comes next takes as much memory again
+    return _trial_of_divergence(stack, rounding)
+
+
+def _told_apart(together: Results, alone: Sequence[Results], rounding: float, *, rough: bool) -> str | None:
+    """By which of the results the stack's runs differ from those by themselves; ``None``: by none."""
     for run, own in enumerate(alone):
         for what, expected in own.items():
             found = [t if t is None else t[run] for t in together[what]]
-            if not _agree(found, expected):
-                return f"it gives other {what} for several runs at once than for each by itself"
-    return _trial_of_divergence(stack)
+            if not _agree(found, expected, rounding, rough=rough):
+                return what
+    return None
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether it is for want of memory."""
+    words = ("allocate memory", "out of memory")  # torch has no type of its own for the processor's
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 def _reason(error: Exception) -> str:
-    """What torch's ``vmap`` could not do, in words."""
+    """Why it failed, in words."""
     text = str(error)
+    if isinstance(error, UnsuitedError):
+        return text
+    if _lacks_memory(error):
+        return "there is not the memory for two runs at once"
     if "random operation" in text:
         return "it draws random numbers in another way than by dropout, rand, randn, randint and their like"
     if "data-dependent" in text or ".item()" in text:
@@ -378,7 +449,7 @@ def _reason(error: Exception) -> str:
     return f"its model or loss cannot be computed for several runs at once ({explain(error)})"
 
 
-def _trial_of_divergence(stack: Stack) -> str | None:
+def _trial_of_divergence(stack: Stack, rounding: float) -> str | None:
     """Whether each of two runs gets the same gradients next to one whose weights are no numbers any more."""
     batch, start = slice(0, stack.batch_size), stack.moment()
     expected = _gradients(stack, batch)[1]
@@ -389,10 +460,12 @@ def _trial_of_divergence(stack: Stack) -> str | None:
                 p[lost] = torch.nan
         try:
             found = _gradients(stack, batch)[1]
-        except Exception:  # as some losses do, and then the run is taken out of the stack at once
+        except Exception as error:  # as some losses do, and then the run is taken out of the stack at once
+            if _lacks_memory(error):
+                raise
             continue
-        pairs = [[t if t is None else t[1 - lost] for t in side] for side in (found, expected)]
-        if not _agree(*pairs):
+        ours, theirs = ([t if t is None else t[1 - lost] for t in side] for side in (found, expected))
+        if not _agree(ours, theirs, rounding):
             return "a run whose weights are no numbers any more would spoil the others"
     return None
 
@@ -407,9 +480,9 @@ def _gradients(course: Single | Stack, batch: slice) -> tuple[Tensor, list[Tenso
     return losses.detach(), [g.to_dense() if g is not None and g.is_sparse else g for g in grads]
 
 
-def _first_results(course: Single | Stack) -> dict[str, list[Tensor | None]]:
+def _first_results(course: Single | Stack) -> Results:
     """What comes of two batches at the initial weights and of the first validation data, without an update."""
-    results: dict[str, list[Tensor | None]] = {"losses": [], "gradients": []}
+    results: Results = {"losses": [], "gradients": []}
     for batch in itertools.islice(course.batches(), 2):
         losses, gradients = _gradients(course, batch)
         results["losses"].append(losses)
@@ -425,24 +498,69 @@ def _first_results(course: Single | Stack) -> dict[str, list[Tensor | None]]:
     return results
 
 
-def _agree(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:
-    """Whether they are the same to rounding, all taken together."""
+def _rounding(tensors: Iterable[Tensor | None]) -> float:
+    """The relative spacing of the coarsest numbers among them."""
+    return max((torch.finfo(t.dtype).eps for t in tensors if t is not None and _is_inexact(t)), default=0.0)
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _agree(
+    found: Sequence[Tensor | None],
+    expected: Sequence[Tensor | None],
+    rounding: float,
+    *,
+    rough: bool = False,
+) -> bool:
+    """Whether they are the same to rounding, each tensor by itself and all together; whole numbers are to be equal.
+
+    Errors of two ways of adding up, in multiples of the numbers' spacing (``rounding``): up to 60 of the size of all
+    together (eight layers with BatchNorm), and 1 of that for a tensor that should be zero, such as the gradient of a
+    bias before BatchNorm. So 100 and 10 are allowed, in float64 much more: 1e-6 and 1e-12 are less than any mistake that
+    matters. ``rough``: to half the digits and all together, where float64 has been compared and a few signs of
+    activations near zero may be others.
+    """
     if [t is None for t in found] != [t is None for t in expected]:
         return False
     pairs = [(a, b) for a, b in zip(found, expected, strict=True) if a is not None and b is not None]
-    if any(a.shape != b.shape for a, b in pairs):
-        return False
-    if not pairs:
-        return True
-    ours, theirs = (
-        torch.cat([t.detach().flatten().double() for t in side]) for side in zip(*pairs, strict=True)
-    )
-    finite = torch.isfinite(theirs)
-    if not torch.equal(torch.isfinite(ours), finite):
-        return False
-    rounding = max((torch.finfo(t.dtype).eps for _, t in pairs if t.is_floating_point()), default=0.0)
-    error, size = (float(torch.linalg.vector_norm(v[finite])) for v in (ours - theirs, theirs))
-    return error <= 10 * rounding**0.5 * size
+    distances = []
+    for ours, theirs in pairs:
+        if ours.shape != theirs.shape:
+            return False
+        if not _is_inexact(theirs):
+            if not torch.equal(ours, theirs):
+                return False
+            continue
+        if (distance := _distance(ours, theirs)) is None:
+            return False
+        distances.append(distance)
+    tolerance, share = max(1e-6, 100 * rounding), max(1e-12, 10 * rounding)
+    if rough:
+        tolerance = share = 10 * rounding**0.5
+    error, size = (math.hypot(*(pair[side] for pair in distances)) for side in (0, 1))
+    each = all(own <= tolerance * length + share * size for own, length in distances)
+    return each and error <= tolerance * size
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> tuple[float, float] | None:
+    """How far apart they are, and how large the second is; ``None``: not the same numbers of both are finite.
+
+    Piece by piece: a copy of all in float64 may be more than there is memory for.
+    """
+    kind = torch.promote_types(theirs.dtype, torch.float64)
+    sums = [0.0, 0.0]
+    ours, theirs = torch.atleast_1d(ours.detach()), torch.atleast_1d(theirs.detach())
+    rows = max(1, _AT_ONCE * len(theirs) // max(1, theirs.numel()))
+    for a, b in zip(ours.split(rows), theirs.split(rows), strict=True):
+        finite = torch.isfinite(b)
+        if not torch.equal(torch.isfinite(a), finite):
+            return None
+        a, b = a[finite].to(kind), b[finite].to(kind)
+        for place, v in enumerate((a - b, b)):
+            sums[place] = math.hypot(sums[place], float(torch.linalg.vector_norm(v)))
+    return sums[0], sums[1]
 
 
 def _numbers_of_others() -> tuple[Any, bytes]:
