@@ -37,6 +37,7 @@ from surefoot.lab.runs import RunSpec
 from surefoot.lab.schedules import SCHEDULES
 from surefoot.lab.tasks import Task, images, load
 from surefoot.lab.train import train
+from surefoot.optim import core
 
 FEATURES, CLASSES = 5, 3
 OURS = {name: entry for name, entry in CATALOGUE.items() if isinstance(entry, Entry)}
@@ -963,8 +964,9 @@ class TestTrial:
         )
 
 
-def test_a_step_waits_for_nothing():
+def test_a_step_waits_for_nothing(monkeypatch):
     """No operation in a step of a stack has a result that the host needs."""
+    monkeypatch.setattr(core, "is_at_hand", lambda value: False)  # as if the CPU were a device
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watching(TorchDispatchMode):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot import SelfTuning
-from surefoot.optim import averaging, directions, rules
+from surefoot.optim import averaging, core, directions, rules
 
 RULES = {
     "lossgrad": rules.LossGrad(ramp=10.0, retract=True),
@@ -49,6 +49,29 @@ def all_finite(optimizer, but=()):
                 assert value.isfinite().all(), name
             elif isinstance(value, Tensor):
                 assert not value.isnan().any(), name
+
+
+def test_on_a_device_nobody_looks_and_the_numbers_are_the_same(monkeypatch):
+    """The host looks at its own tensors only; where it may not, what is finite is masked, bit for bit alike."""
+    found = []
+    for at_hand in (True, False):
+        monkeypatch.setattr(core, "is_at_hand", lambda value, at_hand=at_hand: at_hand)
+        torch.manual_seed(0)
+        p = torch.randn(3, 5, requires_grad=True)
+        optimizer = SelfTuning([p], directions.Adam(), rules.LossGrad(0.05, ramp=10.0), models=3)
+        for step in range(12):
+
+            def loss(p=p, step=step):
+                losses = (p - step / 10).square().sum(1)
+                return losses * torch.tensor([1.0, math.nan if step == 5 else 1.0, 1.0])
+
+            optimizer.zero_grad()
+            losses = loss()
+            losses.sum().backward()
+            optimizer.step(loss=losses.detach(), evaluate=loss)
+        found.append(p.detach().clone())
+    assert found[0].isfinite().all()
+    assert torch.equal(*found)
 
 
 @each

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import surefoot
 from surefoot import SelfTuning
+from surefoot.optim import core
 
 pytestmark = pytest.mark.filterwarnings("ignore:lr=.* multiplies the rates")
 
@@ -509,8 +510,9 @@ def test_the_watch_for_host_syncs_sees_one():
 
 
 @promise
-def test_no_host_sync(record: Record):
+def test_no_host_sync(record: Record, monkeypatch: pytest.MonkeyPatch):
     """A step never waits for the device: not at the first step, not at a window's end, not to track the rates."""
+    monkeypatch.setattr(core, "is_at_hand", lambda value: False)  # as if the CPU were a device
     problem = Problem()
     optimizer = record.make(problem.params, track_rates=True)
     for step in range(STEPS):

@@ -27,7 +27,7 @@ from surefoot.optim.precision import is_short, narrow_, rounding, widen, working
 from surefoot.optim.probe import RandomState, called_modules, leaving_no_trace
 from surefoot.optim.rules.base import Rule
 from surefoot.optim.rules.constant import Constant
-from surefoot.optim.space import Space
+from surefoot.optim.space import Space, is_at_hand
 
 Loss = float | Tensor
 
@@ -352,6 +352,8 @@ class SelfTuning(Optimizer):
         So a rule that goes by the loss makes no step there, and no state takes in what is no number.
         """
         finite = self.space.sum(grads).isfinite()
+        if is_at_hand(finite) and bool(finite.all()):
+            return list(grads), loss
         # 0 times NaN is NaN, so what is not finite becomes 0 first; torch.where takes three times as long.
         sound = [
             g.nan_to_num(0.0, 0.0, 0.0).mul_(self.space.spread(finite, g).to(g.device, g.dtype))

@@ -16,6 +16,11 @@ from torch import Tensor
 from surefoot.optim.precision import working_dtype
 
 
+def is_at_hand(value: Tensor) -> bool:
+    """Whether the host may look at a value without waiting for a device: it is the host's own."""
+    return value.device.type == "cpu"
+
+
 @dataclass(frozen=True)
 class Space:
     """One model (``models=None``) or a stack of K models (``models=K``)."""
