@@ -324,6 +324,24 @@ def loss(y, t):
         assert [r.spec for r in results] == [run for batch in arranged for run in batch]
         assert {r.environment["engine"] for r in results} == {"separate"}
 
+    def test_the_runs_of_a_stack_that_fails_are_shared_out(self, task_file, tmp_path):
+        reference = self.reference(task_file, "raise RuntimeError")
+        path = Path(reference.removesuffix(":task"))
+        meeting = """
+    if (HERE / "now").exists():  # waits until two processes have come so far
+        (HERE / f"{os.getpid()}.pid").touch()
+        end = time.monotonic() + 60
+        while len(list(HERE.glob("*.pid"))) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+    return nn."""
+        path.write_text(path.read_text().replace("\n    return nn.", meeting))
+        with LocalProcesses(reference, workers=2, engine=STACKED) as pool:
+            wanted = planned(pool, "sgd", rates=(0.01, 0.1))
+            pool.estimate(wanted)
+            (tmp_path / "now").touch()
+            assert len(list(pool.run([wanted]))) == len(wanted)
+        assert len(list(tmp_path.glob("*.pid"))) == 2
+
     def test_the_good_runs_of_a_stack_with_a_bad_one_are_given_out(self, task_file, tmp_path):
         reference = self.reference(task_file, "raise RuntimeError")
         path = Path(reference.removesuffix(":task"))

@@ -263,7 +263,7 @@ class Pool(ABC):
             raise RuntimeError(f"Use {type(self).__name__} in a with statement, and not after its end.")
         upcoming = enumerate(jobs)
         waiting: deque[tuple[int, Job]] = deque()
-        deaths: Counter[int] = Counter()  # by the job's id, for jobs are compared by what they are
+        fatal: list[Job] = []  # a job for each worker that died at it
         busy: dict[Worker, tuple[int, Job]] = {}
 
         def wait_for(number: int) -> bool:
@@ -281,24 +281,30 @@ class Pool(ABC):
         def starting() -> int:
             return sum(job is _START for job in busy.values())
 
-        try:
+        def engage() -> None:
+            """Give work to all that have none, and start as many more as there is work for."""
             for member in self._team:
-                occupy(member)
+                if member not in busy:
+                    occupy(member)
             while len(self._team) < self.workers and wait_for(starting() + 1):
                 self._team.append(self._start())
                 occupy(self._team[-1])
+
+        def do_instead(number: int, job: Job) -> None:
+            waiting.extendleft((number, other) for other in reversed(job.instead))
+
+        try:
+            engage()
             while waiting or len(busy) > starting():
                 for member in self._speaking(busy):
                     number, job = at = busy.pop(member)
                     reply = member.receive()
                     if reply is None:
-                        deaths[id(job)] += 1
-                        if job.instead:
-                            if 2 * deaths[id(job)] >= self.tries:
-                                waiting.extendleft((number, other) for other in reversed(job.instead))
-                            else:
-                                waiting.appendleft(at)
-                        elif deaths[id(job)] == self.tries:
+                        fatal.append(job)
+                        deaths = sum(other is job for other in fatal)
+                        if job.instead and 2 * deaths >= self.tries:
+                            do_instead(number, job)
+                        elif deaths == self.tries:
                             times = "twice" if self.tries == 2 else f"{self.tries} times"
                             how = member.death()
                             # As Linux ends a process when memory runs out.
@@ -306,12 +312,13 @@ class Pool(ABC):
                             raise UserError(f"Its process died {times} during {job.name} ({how}){end}")
                         elif at is not _START:
                             waiting.appendleft(at)
-                        occupy(self._replace(member))
+                        self._replace(member)
+                        engage()
                         continue
                     kind, value = reply
                     if kind == "undone":
-                        waiting.extendleft((number, other) for other in reversed(job.instead))
-                        occupy(member)
+                        do_instead(number, job)
+                        engage()
                         continue
                     if kind == "refused":
                         raise UserError(value)
@@ -324,11 +331,9 @@ class Pool(ABC):
             self.close()
             raise
 
-    def _replace(self, member: Worker) -> Worker:
+    def _replace(self, member: Worker) -> None:
         member.kill()
-        fresh = self._start()
-        self._team[self._team.index(member)] = fresh
-        return fresh
+        self._team[self._team.index(member)] = self._start()
 
 
 class LocalProcesses(Pool):
