@@ -15,6 +15,8 @@ AUTO, SEPARATE, STACKED = ENGINES = ("auto", "separate", "stacked")
 """The fastest way; one run after the other; stacks, where they can be had, whether they are faster or not."""
 MOST = 256
 """Runs in a stack: no machine was seen on which more were faster."""
+MORE = 1.25
+"""A batch may be so much larger than what was found the fastest, if that makes it one fewer."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def batches(
     for name, own in kinds.items():
         each = sum(map(seconds, own)) / len(own)
         at_once = way(name).runs if way(name).lowering else _over(least, each)
-        number = max(round(len(own) / at_once), min(len(own), _over(len(own) * each, share)), 1)
+        whole = _over(len(own), min(int(MORE * at_once), max(at_once, MOST)))
+        number = max(whole, min(len(own), _over(len(own) * each, share)))
         ends = [len(own) * i // number for i in range(number + 1)]
         cut += [tuple(own[start:end]) for start, end in pairwise(ends) if end > start]
     return sorted(cut, key=lambda batch: (batch[0].seed, -sum(map(seconds, batch))))

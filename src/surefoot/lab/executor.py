@@ -304,7 +304,7 @@ class Pool(ABC):
                         deaths = sum(other is job for other in fatal)
                         if job.instead and 2 * deaths >= self.tries:
                             do_instead(number, job)
-                        elif deaths == self.tries:
+                        elif deaths >= self.tries:
                             times = "twice" if self.tries == 2 else f"{self.tries} times"
                             how = member.death()
                             # As Linux ends a process when memory runs out.
@@ -327,6 +327,8 @@ class Pool(ABC):
                     occupy(member)
                     if at is not _START:
                         yield number, value
+                    else:  # what kept others from starting has passed
+                        fatal = [other for other in fatal if other is not _START]
         except BaseException:
             self.close()
             raise
