@@ -305,7 +305,7 @@ class TestRuns:
             planned(pool)
 
 
-COMPARE = "compare digits-mlp --optimizers sgd --rates 1e-2:1e0 --seeds 3 --epochs 40"
+COMPARE = "compare digits-mlp --optimizers sgd --rates 1e-2:1e0 --seeds 3 --epochs 40 --engine separate"
 RUNS = 9
 
 
@@ -355,7 +355,7 @@ class TestForReal:
         assert process.returncode == expected
         assert "Traceback" not in errors
         if number != signal.SIGKILL:
-            assert errors.rstrip().endswith("--on ray")
+            assert errors.rstrip().endswith("--on ray --engine separate")
         before = stored(tmp_path)
         assert 2 <= len(before) < RUNS
         process = surefoot(COMPARE, tmp_path)  # here: the place is no part of what a run is
@@ -394,7 +394,7 @@ class TestForReal:
             log.close()
 
     def test_by_the_address_of_a_head(self, head, tmp_path):
-        process = surefoot(f"{COMPARE} --engine separate --on {head[1]}", tmp_path, RAY_AUTH_MODE="token")
+        process = surefoot(f"{COMPARE} --on {head[1]}", tmp_path, RAY_AUTH_MODE="token")
         out, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         assert out.splitlines()[-1] == "Report: surefoot-out/report.html"

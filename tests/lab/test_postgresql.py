@@ -230,7 +230,8 @@ SHARING = "from surefoot.lab import session; session.SHARE = 0.0; from surefoot.
 @pytest.mark.slow
 def test_two_commands_share_the_work_and_one_that_is_killed_is_taken_over(url, server, tmp_path):
     command = shlex.split(
-        "compare digits-mlp --optimizers sgd --rates 1e-2:1e0 --seeds 3 --epochs 40 --workers 1 --log tensorboard"
+        "compare digits-mlp --optimizers sgd --rates 1e-2:1e0 --seeds 3 --epochs 40 --workers 1 --log tensorboard "
+        "--engine separate"  # one run after another, so that there is something to share
     )
     drivers = [
         subprocess.Popen(
