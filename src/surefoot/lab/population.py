@@ -402,7 +402,7 @@ def _compared(
     try:
         alone = [_first_results(Single(task, own, device)) for own in pair]
     except Exception as error:
-        if _lacks_memory(error):
+        if lacks_memory(error):
             raise
         raise UnsuitedError(f"it fails by itself ({explain(error)})") from error
     stack = Stack(task, pair, device, lowering)
@@ -429,7 +429,7 @@ def _told_apart(together: Results, alone: Sequence[Results], rounding: float, *,
     return None
 
 
-def _lacks_memory(error: Exception) -> bool:
+def lacks_memory(error: Exception) -> bool:
     """Whether it is for want of memory."""
     words = ("allocate memory", "out of memory")  # torch has no type of its own for the processor's
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error) for w in words)
@@ -440,7 +440,7 @@ def _reason(error: Exception) -> str:
     text = str(error)
     if isinstance(error, UnsuitedError):
         return text
-    if _lacks_memory(error):
+    if lacks_memory(error):
         return "there is not the memory for two runs at once"
     if "random operation" in text:
         return "it draws random numbers in another way than by dropout, rand, randn, randint and their like"
@@ -461,7 +461,7 @@ def _trial_of_divergence(stack: Stack, rounding: float) -> str | None:
         try:
             found = _gradients(stack, batch)[1]
         except Exception as error:  # as some losses do, and then the run is taken out of the stack at once
-            if _lacks_memory(error):
+            if lacks_memory(error):
                 raise
             continue
         ours, theirs = ([t if t is None else t[1 - lost] for t in side] for side in (found, expected))

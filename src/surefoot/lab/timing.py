@@ -18,7 +18,7 @@ import torch
 from surefoot._version import __version__
 from surefoot.lab.course import processor
 from surefoot.lab.engines import AUTO, MOST, SEPARATE, STACKED, Timing, Way
-from surefoot.lab.population import LOWERINGS, kind_of, refusal, stack_step_seconds
+from surefoot.lab.population import LOWERINGS, kind_of, lacks_memory, refusal, stack_step_seconds
 from surefoot.lab.runs import NUMERICS, RunSpec, digest_of
 from surefoot.lab.tasks.base import Task
 from surefoot.lab.train import timed
@@ -125,8 +125,8 @@ def _way(task: Task, spec: RunSpec, device: str, lowering: str, runs: int) -> Wa
     specs = [replace(spec, seed=seed) for seed in range(runs)]
     try:
         return Way(lowering, runs, stack_step_seconds(task, specs, device, lowering, MOMENT) / runs)
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
+    except Exception as error:
+        if lacks_memory(error):
             return None
         raise
 
