@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from test_executor import TASK, numbers, planned
 
 from surefoot.lab import timing as timings
+from surefoot.lab import worker
 from surefoot.lab.course import Timed
 from surefoot.lab.engines import AUTO, SEPARATE, STACKED, Timing, Way, batches
 from surefoot.lab.errors import UserError
@@ -169,10 +170,10 @@ class TestTiming:
         assert ask(runs=10).ways == (Way(None, 1, 1.0),)
         assert machine.asked == ["alone"]
 
-    def test_where_trying_killed_a_worker_it_is_not_tried_again(self, machine):
-        found = ask(deadly=True)
+    def test_where_trying_failed_it_is_not_tried_again(self, machine):
+        found = ask(without_stacks=True)
         assert found.ways == (ALONE,)
-        assert found.refusal == "a worker died of trying"
+        assert found.refusal == "trying it failed"
         assert ask(runs=10_000) == found
         assert machine.asked == ["alone"]
 
@@ -209,6 +210,21 @@ class TestTiming:
         assert ask().refusal == "it draws numbers"
         assert ask(runs=1000).refusal == "it draws numbers"
         assert machine.asked == ["alone"]
+
+    def test_a_failure_is_made_good_without_stacks_or_told(self, monkeypatch):
+        def fail(*arguments):
+            raise KeyError("x")
+
+        monkeypatch.setattr(timings, "timing", fail)
+        room = worker.Room("digits-mlp", None, "cpu")
+        monkeypatch.setitem(vars(room), "task", None)
+        for engine in (AUTO, STACKED):
+            with pytest.raises(worker.UndoneError):
+                worker.estimate(room, SPEC, engine, 10, True)
+            with pytest.raises(KeyError):
+                worker.estimate(room, SPEC, engine, 10, True, True)
+        with pytest.raises(KeyError):
+            worker.estimate(room, SPEC, SEPARATE, 10, True)
 
     @pytest.mark.parametrize(
         "error",
@@ -394,4 +410,4 @@ def loss(y, t):
             wanted = planned(pool, "sgd", rates=(0.01,), seeds=range(3))
             (tmp_path / "now").touch()
             assert list(map(len, pool.arrange(wanted))) == [1, 1, 1]
-            assert pool.refusals() == {"sgd": "a worker died of trying"}
+            assert pool.refusals() == {"sgd": "trying it failed"}

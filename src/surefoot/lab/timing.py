@@ -49,7 +49,7 @@ def timing(
     engine: str,
     runs: int,
     remember: bool = True,
-    deadly: bool = False,
+    without_stacks: bool = False,
 ) -> Timing:
     """What runs like this one take, each of the ways that ``engine`` allows.
 
@@ -64,7 +64,7 @@ def timing(
         engine: one of :data:`surefoot.lab.engines.ENGINES`.
         runs: how many such runs there are to do.
         remember: keep what was found.
-        deadly: trying stacks has killed a worker, so they are not to be tried any more.
+        without_stacks: trying them has failed or killed a worker, so they are not to be tried any more.
     """
     most = min(runs, MOST)
     file = _folder() / f"{_machine_and_kind(spec, device)}.json"
@@ -74,10 +74,8 @@ def timing(
     found = known or _alone(task, spec, device)
     alone = found.ways[0]
     long_enough = runs * found.seconds(alone) > WORTH and runs * found.steps > TRIAL / DEAREST
-    if deadly:
-        found = replace(
-            found, up_to=MOST, refusal="a worker died of trying" if found.ways == (alone,) else None
-        )
+    if without_stacks:
+        found = replace(found, up_to=MOST, refusal="trying it failed" if found.ways == (alone,) else None)
     elif most >= 2 and (engine == STACKED or (engine == AUTO and long_enough)):
         found = _stacks(found, task, spec, device, most)
     else:

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from surefoot.lab.engines import SEPARATE
 from surefoot.lab.errors import UserError
 from surefoot.lab.runs import Method, RunResult, RunSpec, TaskInfo
 
@@ -146,12 +147,21 @@ def kinds(room: Room, runs: Sequence[RunSpec]) -> list[str]:
 
 
 def estimate(
-    room: Room, spec: RunSpec, engine: str, runs: int, remember: bool, deadly: bool = False
+    room: Room, spec: RunSpec, engine: str, runs: int, remember: bool, without_stacks: bool = False
 ) -> Timing:
-    """What so many runs like this one take, each of the ways that ``engine`` allows; ``deadly``: stacks killed a worker."""
+    """What so many runs like this one take, each of the ways that ``engine`` allows.
+
+    Raises:
+        UndoneError: it cannot be told. ``without_stacks`` it may be, or else it will be known whose fault it was.
+    """
     from surefoot.lab.timing import timing
 
-    return timing(room.task, spec, room.device, engine, runs, remember, deadly)
+    try:
+        return timing(room.task, spec, room.device, engine, runs, remember, without_stacks)
+    except Exception as error:
+        if engine == SEPARATE or without_stacks:
+            raise
+        raise UndoneError from error
 
 
 def run(room: Room, batch: Sequence[RunSpec], lowering: str | None = None) -> list[RunResult]:
