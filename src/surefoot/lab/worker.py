@@ -170,25 +170,28 @@ def run(room: Room, batch: Sequence[RunSpec], lowering: str | None = None) -> li
     Raises:
         UndoneError: the stack failed. By itself each run may do, or else it will be known whose fault it was.
     """
-    from surefoot.lab import population, train
-    from surefoot.lab.tasks import explain
+    from surefoot.lab import population
 
-    _check_version(room, batch[0])
+    for spec in batch:
+        _check_version(room, spec)
     if lowering is not None and len(batch) > 1:
         try:
             return population.train_stack(room.task, batch, room.device, lowering)
         except Exception as error:
             raise UndoneError from error
-    results = []
-    for spec in batch:
-        _check_version(room, spec)
-        try:
-            results.append(train.train(room.task, spec, room.device))
-        except UserError:
-            raise
-        except BaseException as error:  # named here, for only here is known which one it was
-            raise UserError(f"An error ended {named(spec)}: {explain(error)}.") from error
-    return results
+    return [_alone(room, spec) for spec in batch]
+
+
+def _alone(room: Room, spec: RunSpec) -> RunResult:
+    from surefoot.lab import train
+    from surefoot.lab.tasks import explain
+
+    try:
+        return train.train(room.task, spec, room.device)
+    except UserError:
+        raise
+    except BaseException as error:  # named here, for only here is known which one it was
+        raise UserError(f"An error ended {named(spec)}: {explain(error)}.") from error
 
 
 def named(spec: RunSpec) -> str:
