@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-NUMERICS = 2
+NUMERICS = 3
 """Raised when a release changes the numbers that a run gives, so that old runs are not taken for new ones."""
 
 Scalar = bool | int | float | str | None

@@ -21,9 +21,9 @@ scales it too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -149,10 +149,65 @@ class Nesterov(Direction):
         return 1 / (1 - options["momentum"])
 
 
-def second_moment_(v: Tensor, g: Tensor, beta: Number) -> Tensor:
-    """v <- beta v + (1 - beta) g^2. Not a lerp: an overflowed v must stay infinite, and lerp makes NaN of it."""
-    v.mul_(beta)
-    return v.add_(g.square() * (1 - beta)) if isinstance(beta, Tensor) else v.addcmul_(g, g, value=1 - beta)
+_fused_adam_: Callable[..., None] = cast(Any, torch)._fused_adam_
+"""What ``torch.optim.Adam(fused=True)`` calls; its public form takes three times as long to get there."""
+
+
+def adam_(
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    betas: tuple[Number, Number],
+    step: int,
+    eps: Number,
+    largest: Tensor | None = None,
+) -> Tensor:
+    """m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  returns u = m_hat / (sqrt(v_hat) + eps).
+
+    ``largest``: AMSGrad's running maximum of v, which takes v's place in u. Where torch's fused kernel serves it does all
+    in one pass, in a third of the time.
+    """
+    beta1, beta2 = betas
+    if not any(isinstance(number, Tensor) for number in (beta1, beta2, eps)):
+        u = torch.zeros_like(m)
+        views = _in_memory_order(u, g, m, v, *([] if largest is None else [largest]))
+        if views is not None:
+            _fused_adam_(
+                *([view] for view in views[:4]),
+                views[4:],
+                [torch.tensor(float(step))],
+                lr=-1.0,  # from a weight of 0 it so comes to u
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=0.0,
+                eps=eps,
+                amsgrad=largest is not None,
+                maximize=False,
+            )
+            return u
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2)
+    # Not a lerp: an overflowed v must stay infinite, and lerp makes NaN of it.
+    v = v.add_(g.square() * (1 - beta2)) if isinstance(beta2, Tensor) else v.addcmul_(g, g, value=1 - beta2)
+    if largest is not None:
+        v = torch.maximum(largest, v, out=largest)
+    return adam_ratio(m, v, beta1, beta2, step, eps)
+
+
+def _in_memory_order(first: Tensor, *others: Tensor) -> list[Tensor] | None:
+    """The tensors with their axes in the order of their strides, so that they are contiguous.
+
+    ``None`` where they do not all come out so, or are no plain tensors on the CPU: for the fused kernel, which there goes
+    through memory whatever the strides, and has not been tried elsewhere.
+    """
+    tensors = [first, *others]
+    if first.device.type != "cpu" or any(type(tensor) is not Tensor for tensor in tensors):
+        return None
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return tensors
+    order = sorted(range(first.ndim), key=first.stride, reverse=True)
+    views = [tensor.permute(order) for tensor in tensors]
+    return views if all(view.is_contiguous() for view in views) else None
 
 
 def adam_ratio(m: Tensor, v: Tensor, beta1: Number, beta2: Number, step: int, eps: Number) -> Tensor:
@@ -184,14 +239,10 @@ class Adam(Direction):
         return tuple(State(name) for name in names)
 
     def propose(self, slot: Slot) -> Tensor:
-        g, o, state, step = slot.grad, slot.options, slot.state, slot.state["step"]
-        beta1, beta2 = o["betas"]
-        m = state["exp_avg"].lerp_(g, 1 - beta1)
-        v = second_moment_(state["exp_avg_sq"], g, beta2)
-        if o["amsgrad"]:
-            largest = state["max_exp_avg_sq"]
-            v = torch.maximum(largest, v, out=largest)
-        return adam_ratio(m, v, beta1, beta2, step, o["eps"])
+        o, state = slot.options, slot.state
+        largest = state["max_exp_avg_sq"] if o["amsgrad"] else None
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        return adam_(slot.grad, m, v, o["betas"], state["step"], o["eps"], largest)
 
     def raw(self, slot: Slot) -> Tensor:
         o, state = slot.options, slot.state
@@ -253,11 +304,10 @@ class AnnealedAdam(Direction):
         a, b, c, beta2 = o["betas"]
         fading = ((1 - step) / c) * ((1 - step) / c)
         beta1 = b + (a - b) * (torch.exp(-fading) if isinstance(fading, Tensor) else math.exp(-fading))
-        m = state["exp_avg"].lerp_(g, 1 - beta1)
+        m = state["exp_avg"]
         if beta2 < 0:
-            return torch.sign(m)
-        v = second_moment_(state["exp_avg_sq"], g, beta2)
-        return adam_ratio(m, v, beta1, beta2, step, o["eps"])
+            return torch.sign(m.lerp_(g, 1 - beta1))
+        return adam_(g, m, state["exp_avg_sq"], (beta1, beta2), step, o["eps"])
 
     def raw(self, slot: Slot) -> Tensor:
         beta2 = slot.options["betas"][3]
