@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from _shared import parser
@@ -54,14 +55,15 @@ def made_task(network: str, patterns: int) -> Task:
     return Task(f"made {network}", NETWORKS[network], (images, labels), few, nn.functional.nll_loss)
 
 
-def _written(network: str, patterns: int) -> str:
+def _written(network: str, patterns: int, folder: str) -> str:
     """A file with that task, for the workers."""
-    with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
-        file.write(
-            f"import sys\nsys.path.insert(0, {str(__file__.rpartition('/')[0])!r})\nimport throughput\n\n\n"
-            f"def task():\n    return throughput.made_task({network!r}, {patterns})\n"
-        )
-    return f"{file.name}:task"
+    file = Path(folder) / "made.py"
+    file.write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport throughput\n\n\n"
+        f"def task():\n    return throughput.made_task({network!r}, {patterns})\n",
+        encoding="utf8",
+    )
+    return f"{file}:task"
 
 
 def plain_loop(task: Task, batch_size: int, threads: int) -> float:
@@ -92,9 +94,9 @@ def cell(network: str, batch_size: int, number: int, repeats: int) -> list[tuple
     """The rows of one network and batch size."""
     patterns, cores = PATTERNS[network][batch_size], usable_cores()
     task = made_task(network, patterns)
-    reference = _written(network, patterns)
     with (
-        LocalProcesses(reference, workers=cores) as separate,
+        tempfile.TemporaryDirectory() as folder,
+        LocalProcesses(reference := _written(network, patterns, folder), workers=cores) as separate,
         LocalProcesses(reference, workers=cores, engine="auto") as auto,
     ):
         (request,) = parse_optimizers(f"adam[batch={batch_size}]")
