@@ -16,7 +16,7 @@ AUTO, SEPARATE, STACKED = ENGINES = ("auto", "separate", "stacked")
 MOST = 256
 """Runs in a stack: no machine was seen on which more were faster."""
 MORE = 1.25
-"""A batch may be so much larger than what was found the fastest, if that makes it one fewer."""
+"""A batch may be so much larger than what was found the fastest: better than a small one left over."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,11 @@ def batches(
     for name, own in kinds.items():
         each = sum(map(seconds, own)) / len(own)
         at_once = way(name).runs if way(name).lowering else _over(least, each)
-        whole = _over(len(own), min(int(MORE * at_once), max(at_once, MOST)))
-        number = max(whole, min(len(own), _over(len(own) * each, share)))
+        fewest = _over(len(own), min(int(MORE * at_once), max(at_once, MOST)))
+        number = max(fewest, round(len(own) / at_once), _over(len(own) * each, share))
+        if len(kinds) == 1:  # no others to fill up the last round
+            number = workers * _over(number, workers)
+        number = min(number, len(own))
         ends = [len(own) * i // number for i in range(number + 1)]
         cut += [tuple(own[start:end]) for start, end in pairwise(ends) if end > start]
     return sorted(cut, key=lambda batch: (batch[0].seed, -sum(map(seconds, batch))))
