@@ -79,3 +79,25 @@ def test_the_kernel_is_used_where_it_serves(monkeypatch):
     moved([*plain, torch.ones(6, 4)], (0.9, 0.99), 1e-8, False, 1)  # another layout
     moved([*plain, torch.ones(4, 6).mT], (torch.tensor(0.9), 0.99), 1e-8, False, 1)
     assert len(calls) == 1
+
+
+def test_torchs_defaults_do_not_matter():
+    """The kernel is told the number of steps by a tensor, which in bfloat16 would be rounded and on a GPU be refused."""
+    tensors = [torch.zeros(5), torch.zeros(5), torch.zeros(5), torch.arange(5.0)]
+    expected = directions.adam_(tensors[3], tensors[0].clone(), tensors[1].clone(), (0.9, 0.999), 257, 1e-8)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = directions.adam_(tensors[3], *tensors[:2], (0.9, 0.999), 257, 1e-8)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, expected)
+
+
+def test_tensors_of_two_dtypes_are_refused():
+    """As when a model is made double in the middle of training; the kernel itself would take one for the other."""
+    with pytest.raises(RuntimeError, match="dtype"):
+        directions.adam_(
+            torch.ones(3, dtype=torch.float64), torch.zeros(3), torch.zeros(3), (0.9, 0.9), 1, 0.0
+        )
