@@ -13,6 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -135,6 +136,16 @@ _START = (-1, Job("its start", worker.begin, ()))
 """What a worker is at that is not up yet."""
 
 
+@dataclass(frozen=True)
+class _Timed:
+    """What is known of a kind of runs."""
+
+    optimizer: str
+    timing: Timing
+    runs: int
+    """For so many of them it was made."""
+
+
 class Pool(ABC):
     """An :class:`Executor` that gives each of its workers one job after the other.
 
@@ -158,9 +169,7 @@ class Pool(ABC):
         self._team: list[Any] = []  # of this pool's kind of Worker
         self._open = False
         self._kinds: dict[str, str] = {}  # by the run's key
-        self._timings: dict[
-            str, tuple[str, Timing, int]
-        ] = {}  # by kind: optimizer, and for how many runs it was made
+        self._timed: dict[str, _Timed] = {}  # by kind
 
     @abstractmethod
     def _start(self) -> Worker:
@@ -209,7 +218,7 @@ class Pool(ABC):
         wanted = {
             kind: max(alike or 0, number)
             for kind, number in numbers.items()
-            if kind not in self._timings or max(alike or 0, number) > self._timings[kind][2]
+            if kind not in self._timed or max(alike or 0, number) > self._timed[kind].runs
         }
         jobs = []
         for kind, number in wanted.items():
@@ -219,12 +228,12 @@ class Pool(ABC):
             jobs.append(Job(name, worker.estimate, asked, () if self._engine == SEPARATE else (again,)))
         timings = dict(self._each(jobs))
         for place, (kind, number) in enumerate(wanted.items()):
-            self._timings[kind] = (first[kind].optimizer, timings[place], number)
+            self._timed[kind] = _Timed(first[kind].optimizer, timings[place], number)
         return list(map(self._seconds, specs))
 
     def refusals(self) -> dict[str, str]:
         """As :meth:`Executor.refusals`."""
-        return {name: timing.refusal for name, timing, _ in self._timings.values() if timing.refusal}
+        return {kind.optimizer: why for kind in self._timed.values() if (why := kind.timing.refusal)}
 
     def arrange(self, specs: Sequence[RunSpec]) -> list[tuple[RunSpec, ...]]:
         """As :meth:`Executor.arrange`."""
@@ -235,12 +244,12 @@ class Pool(ABC):
         return self._kinds[spec.key]
 
     def _way(self, kind: str) -> Way:
-        _, timing, number = self._timings[kind]
-        return timing.best(self._engine, number)
+        timed = self._timed[kind]
+        return timed.timing.best(self._engine, timed.runs)
 
     def _seconds(self, spec: RunSpec) -> float:
         kind = self._kind(spec)
-        return self._timings[kind][1].seconds(self._way(kind))
+        return self._timed[kind].timing.seconds(self._way(kind))
 
     def run(self, batches: Iterable[Sequence[RunSpec]]) -> Iterator[RunResult]:
         """As :meth:`Executor.run`."""
@@ -249,7 +258,7 @@ class Pool(ABC):
 
     def _job(self, batch: Sequence[RunSpec]) -> Job:
         kind = self._kinds.get(batch[0].key)
-        lowering = self._way(kind).lowering if kind in self._timings else None
+        lowering = self._way(kind).lowering if kind in self._timed else None
         if lowering is None or len(batch) == 1:
             more = f" and {len(batch) - 1} after it" if len(batch) > 1 else ""
             return Job(worker.named(batch[0]) + more, worker.run, (tuple(batch),))

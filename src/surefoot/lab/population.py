@@ -50,21 +50,12 @@ LOWERINGS: dict[str, type[Lowering]] = {lowering.name: lowering for lowering in 
 """The ways of computing a stack by name, that which is faster where it can be used first."""
 
 
-def stack_of(specs: Sequence[RunSpec]) -> list[list[RunSpec]]:
-    """The runs in groups of which each may be one stack, in the order of their first runs.
-
-    A group has one task, optimizer, batch size and number of epochs, and its settings differ only in numbers that the
-    optimizer takes for each model. A run of another package's optimizer is a group by itself.
-    """
-    groups: dict[str, list[RunSpec]] = {}
-    for spec in specs:
-        stackable = catalogue.stack_key(spec.optimizer, spec.settings) is not None
-        groups.setdefault(kind_of(spec) if stackable else spec.key, []).append(spec)
-    return list(groups.values())
-
-
 def kind_of(spec: RunSpec) -> str:
-    """The same for runs that take the same time, as far as that can be told, and for those that may be one stack."""
+    """The same for runs that may be one stack, or, of another package's optimizer, that take the same time.
+
+    They have one task, optimizer, batch size and number of epochs, and their settings differ only in numbers that the
+    optimizer takes for each model.
+    """
     key = catalogue.stack_key(spec.optimizer, spec.settings)
     return digest_of(
         {
@@ -81,7 +72,7 @@ def kind_of(spec: RunSpec) -> str:
 def train_stack(
     task: Task, specs: Sequence[RunSpec], device: str | torch.device = "cpu", lowering: str | None = None
 ) -> list[RunResult]:
-    """Train the runs of one group of :func:`stack_of` side by side; the results in their order.
+    """Train runs of one kind (:func:`kind_of`) side by side; the results in their order.
 
     A run that diverges ends there, as it would by itself, and the stack goes on without it. ``seconds`` and
     ``step_seconds`` are a run's share: the time divided by the runs that were going on.
@@ -136,7 +127,7 @@ def refusal(
 
 def _stack(task: Task, specs: Sequence[RunSpec], device: torch.device, lowering: str | None) -> Stack:
     """The stack at its beginning, by that lowering or by the first that can be used."""
-    if len(stack_of(specs)) != 1:
+    if len(set(map(kind_of, specs))) != 1:
         raise UserError("These runs cannot be one stack: they differ in more than seeds, rates and numbers.")
     reason: str | None = None
     for name in LOWERINGS if lowering is None else [lowering]:
