@@ -95,9 +95,37 @@ def test_torchs_defaults_do_not_matter():
     assert torch.equal(found, expected)
 
 
-def test_tensors_of_two_dtypes_are_refused():
-    """As when a model is made double in the middle of training; the kernel itself would take one for the other."""
-    with pytest.raises(RuntimeError, match="dtype"):
-        directions.adam_(
-            torch.ones(3, dtype=torch.float64), torch.zeros(3), torch.zeros(3), (0.9, 0.9), 1, 0.0
-        )
+@pytest.mark.parametrize(
+    ("g", "error"),
+    [
+        (torch.ones(2, 3, dtype=torch.float64), "dtype"),
+        (torch.ones(2, 3, device="meta"), "device"),
+        (torch.ones(5, 3), "size"),
+        (torch.ones(3, 2), "size"),
+        (torch.ones(2, 4), "size"),
+    ],
+)
+def test_a_gradient_unlike_the_state_is_refused(g, error):
+    """As when a model is cast, moved, grown or pruned in the middle of training; the kernel would read what is not there."""
+    m, v = torch.zeros(2, 3), torch.zeros(2, 3)
+    with pytest.raises(RuntimeError, match=error):
+        directions.adam_(g, m, v, (0.9, 0.9), 1, 1e-8)
+    assert not m.any()
+    assert not v.any()
+
+
+@pytest.mark.parametrize("g", [torch._neg_view(torch.ones(4)), torch._efficientzerotensor((4,))])
+def test_tensors_that_are_not_what_their_memory_says(g):
+    found = directions.adam_(g, torch.zeros(4), torch.zeros(4), (0.9, 0.9), 1, 1e-8)
+    expected = directions.adam_(g.clone() + 0, torch.zeros(4), torch.zeros(4), (0.9, 0.9), 1, 1e-8)
+    assert torch.equal(found, expected)
+
+
+def test_compiled():
+    torch.compiler.reset()
+    g = torch.tensor([1.0, -2.0, 0.0])
+    states = [[torch.zeros(3), torch.zeros(3)] for _ in range(2)]
+    functions = directions.adam_, torch.compile(directions.adam_, backend="aot_eager", fullgraph=True)
+    found = [f(g, *state, (0.9, 0.99), 1, 1e-8) for f, state in zip(functions, states, strict=True)]
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(states[1], states[0])

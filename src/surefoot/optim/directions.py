@@ -164,24 +164,25 @@ def adam_(
 ) -> Tensor:
     """m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  returns u = m_hat / (sqrt(v_hat) + eps).
 
-    ``largest``: AMSGrad's running maximum of v, which takes v's place in u. Where torch's fused kernel serves it does all
-    in one pass, in less than half the time.
+    ``largest``: AMSGrad's running maximum of v, which takes v's place in u. On the CPU torch's fused kernel does all in one
+    pass, where it serves, in less than half the time; on other devices it has not been tried.
     """
     beta1, beta2 = betas
-    if not any(isinstance(number, Tensor) for number in (beta1, beta2, eps)):
+    is_plain = largest is None and not any(isinstance(number, Tensor) for number in (beta1, beta2, eps))
+    if is_plain and m.device.type == "cpu":
         u = torch.zeros_like(m)
-        views = _in_memory_order(u, g, m, v, *([] if largest is None else [largest]))
+        views = _as_the_kernel_takes_them(u, g, m, v)
         if views is not None:
             _fused_adam_(
-                *([view] for view in views[:4]),
-                views[4:],
+                *([view] for view in views),
+                [],
                 [torch.tensor(float(step), dtype=torch.float32, device="cpu")],
                 lr=-1.0,  # from a weight of 0 it so comes to u
                 beta1=beta1,
                 beta2=beta2,
                 weight_decay=0.0,
                 eps=eps,
-                amsgrad=largest is not None,
+                amsgrad=False,  # its maximum takes a NaN or not, depending on where it lies
                 maximize=False,
             )
             return u
@@ -194,18 +195,18 @@ def adam_(
     return adam_ratio(m, v, beta1, beta2, step, eps)
 
 
-def _in_memory_order(first: Tensor, *others: Tensor) -> list[Tensor] | None:
-    """The tensors with their axes in the order of their strides, so that they are contiguous.
+def _as_the_kernel_takes_them(first: Tensor, *others: Tensor) -> list[Tensor] | None:
+    """The tensors with their axes in the order of their strides, so that they are contiguous; ``None`` where it takes none.
 
-    ``None`` where they do not all come out so, or are no plain tensors of one dtype on the CPU: for the fused kernel, which
-    there goes through memory whatever the strides, and has not been tried elsewhere.
+    It goes through memory whatever shapes, dtypes and strides are, so they have to be alike; compiled code cannot call it.
     """
-    tensors = [first, *others]
-    if first.device.type != "cpu" or any(
-        type(tensor) is not Tensor or tensor.dtype != first.dtype or tensor.device != first.device
-        for tensor in tensors
-    ):
+    if torch.compiler.is_compiling():
         return None
+    tensors = [first, *others]
+    for tensor in tensors:
+        alike = tensor.shape == first.shape and tensor.dtype == first.dtype and tensor.device == first.device
+        if not alike or type(tensor) is not Tensor or tensor.is_neg() or tensor._is_zerotensor():
+            return None
     if all(tensor.is_contiguous() for tensor in tensors):
         return tensors
     order = sorted(range(first.ndim), key=first.stride, reverse=True)
