@@ -68,8 +68,8 @@ def batches(
 ) -> list[tuple[RunSpec, ...]]:
     """The runs as they are best given to workers, in this order.
 
-    Only runs of one kind share a batch. None is longer than a worker's share of the whole time; the low seeds come first,
-    and among batches that begin with the same seed the longest, so that no worker ends long after the others.
+    Only runs of one kind share a batch. None is longer than a worker's share of the whole time. The low seeds come first,
+    so that what is finished early can be compared, and of one seed the longest.
 
     Args:
         runs: all of them.

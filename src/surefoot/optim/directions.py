@@ -169,9 +169,9 @@ def adam_(
     """
     beta1, beta2 = betas
     is_plain = largest is None and not any(isinstance(number, Tensor) for number in (beta1, beta2, eps))
-    if is_plain and m.device.type == "cpu":
+    if is_plain and m.device.type == "cpu" and _are_alike(g, m, v):
         u = torch.zeros_like(m)
-        views = _as_the_kernel_takes_them(u, g, m, v)
+        views = _in_memory_order(u, g, m, v)
         if views is not None:
             _fused_adam_(
                 *([view] for view in views),
@@ -195,18 +195,21 @@ def adam_(
     return adam_ratio(m, v, beta1, beta2, step, eps)
 
 
-def _as_the_kernel_takes_them(first: Tensor, *others: Tensor) -> list[Tensor] | None:
-    """The tensors with their axes in the order of their strides, so that they are contiguous; ``None`` where it takes none.
+def _are_alike(g: Tensor, m: Tensor, v: Tensor) -> bool:
+    """Whether the fused kernel, which takes all for what the first is, can be given these. Compiled code cannot call it."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(g) is type(m) is type(v) is Tensor
+        and g.shape == m.shape == v.shape
+        and g.dtype == m.dtype == v.dtype
+        and g.device == m.device == v.device
+        and not (g.is_neg() or g._is_zerotensor())
+    )
 
-    It goes through memory whatever shapes, dtypes and strides are, so they have to be alike; compiled code cannot call it.
-    """
-    if torch.compiler.is_compiling():
-        return None
+
+def _in_memory_order(first: Tensor, *others: Tensor) -> list[Tensor] | None:
+    """The tensors with their axes in the order of the first one's strides, so that they are contiguous; or else ``None``."""
     tensors = [first, *others]
-    for tensor in tensors:
-        alike = tensor.shape == first.shape and tensor.dtype == first.dtype and tensor.device == first.device
-        if not alike or type(tensor) is not Tensor or tensor.is_neg() or tensor._is_zerotensor():
-            return None
     if all(tensor.is_contiguous() for tensor in tensors):
         return tensors
     order = sorted(range(first.ndim), key=first.stride, reverse=True)
