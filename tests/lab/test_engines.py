@@ -66,7 +66,7 @@ class TestBatches:
             runs,
             lambda run: run.optimizer,
             lambda kind: Way(None if sizes[int(kind)] == 1 else "grouped", sizes[int(kind)], 0.0),
-            lambda run: seconds[int(run.optimizer)],
+            lambda kind: seconds[int(kind)],
             workers,
             least,
         )
@@ -86,7 +86,7 @@ class TestBatches:
             runs,
             lambda run: run.optimizer,
             lambda _: ALONE,
-            lambda r: {"short": 1.0, "long": 2.0}[r.optimizer],
+            {"short": 1.0, "long": 2.0}.__getitem__,
             2,
             0.0,
         )

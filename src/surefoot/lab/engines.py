@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 
 from surefoot.lab.runs import RunSpec
 
@@ -62,7 +63,7 @@ def batches(
     runs: Sequence[RunSpec],
     kind: Callable[[RunSpec], str],
     way: Callable[[str], Way],
-    seconds: Callable[[RunSpec], float],
+    seconds: Callable[[str], float],
     workers: int,
     least: float,
 ) -> list[tuple[RunSpec, ...]]:
@@ -75,26 +76,30 @@ def batches(
         runs: all of them.
         kind: which runs are alike.
         way: how a kind is trained.
-        seconds: what a run takes.
+        seconds: what a run of a kind takes.
         workers: how many batches are under way at once.
         least: seconds that a batch of runs by themselves should take.
     """
     kinds: dict[str, list[RunSpec]] = {}
     for run in sorted(runs, key=lambda run: run.seed):
         kinds.setdefault(kind(run), []).append(run)
-    share = sum(map(seconds, runs)) / workers
-    cut: list[tuple[RunSpec, ...]] = []
+    each = {name: seconds(name) for name in kinds}
+    share = sum(len(own) * each[name] for name, own in kinds.items()) / workers
+    cut: list[tuple[int, float, tuple[RunSpec, ...]]] = []
     for name, own in kinds.items():
-        each = sum(map(seconds, own)) / len(own)
-        at_once = way(name).runs if way(name).lowering else _over(least, each)
+        fastest = way(name)
+        at_once = fastest.runs if fastest.lowering else _over(least, each[name])
         fewest = _over(len(own), min(int(MORE * at_once), max(at_once, MOST)))
-        number = max(fewest, round(len(own) / at_once), _over(len(own) * each, share))
+        number = max(fewest, round(len(own) / at_once), _over(len(own) * each[name], share))
         if len(kinds) == 1:  # no others to fill up the last round
             number = workers * _over(number, workers)
         number = min(number, len(own))
         ends = [len(own) * i // number for i in range(number + 1)]
-        cut += [tuple(own[start:end]) for start, end in pairwise(ends) if end > start]
-    return sorted(cut, key=lambda batch: (batch[0].seed, -sum(map(seconds, batch))))
+        cut += [
+            (own[start].seed, (start - end) * each[name], tuple(own[start:end]))
+            for start, end in pairwise(ends)
+        ]
+    return [batch for _, _, batch in sorted(cut, key=itemgetter(0, 1))]
 
 
 def _over(a: float, b: float) -> int:

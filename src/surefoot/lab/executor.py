@@ -211,10 +211,11 @@ class Pool(ABC):
     ) -> list[float]:
         """As :meth:`Executor.estimate`."""
         if unknown := [spec for spec in specs if spec.key not in self._kinds]:
-            kinds = self.call("the sorting of the runs", worker.kinds, unknown)
-            self._kinds.update(zip((spec.key for spec in unknown), kinds, strict=True))
-        numbers = Counter(map(self._kind, specs))
-        first = {self._kind(spec): spec for spec in reversed(specs)}
+            found = self.call("the sorting of the runs", worker.kinds, unknown)
+            self._kinds.update(zip((spec.key for spec in unknown), found, strict=True))
+        kinds = list(map(self._kind, specs))
+        numbers = Counter(kinds)
+        first = dict(zip(reversed(kinds), reversed(specs), strict=True))
         wanted = {
             kind: max(alike or 0, number)
             for kind, number in numbers.items()
@@ -229,7 +230,8 @@ class Pool(ABC):
         timings = dict(self._each(jobs))
         for place, (kind, number) in enumerate(wanted.items()):
             self._timed[kind] = _Timed(first[kind].optimizer, timings[place], number)
-        return list(map(self._seconds, specs))
+        seconds = {kind: self._seconds(kind) for kind in numbers}
+        return [seconds[kind] for kind in kinds]
 
     def refusals(self) -> dict[str, str]:
         """As :meth:`Executor.refusals`."""
@@ -247,8 +249,7 @@ class Pool(ABC):
         timed = self._timed[kind]
         return timed.timing.best(self._engine, timed.runs)
 
-    def _seconds(self, spec: RunSpec) -> float:
-        kind = self._kind(spec)
+    def _seconds(self, kind: str) -> float:
         return self._timed[kind].timing.seconds(self._way(kind))
 
     def run(self, batches: Iterable[Sequence[RunSpec]]) -> Iterator[RunResult]:
