@@ -41,8 +41,13 @@ def refuse_gradient_hooks(model: nn.Module) -> None:
             raise UnsuitedError(f"parameter {name} has a hook on its gradient, which would not be called")
     for name, module in model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
-            what = f"{type(module).__name__} {name}".strip()
+            what = _called(module, name)
             raise UnsuitedError(f"{what} has a backward hook, which would not get each run's own gradient")
+
+
+def _called(module: nn.Module, name: str) -> str:
+    """A part of a model as a sentence names it."""
+    return f"{type(module).__name__} {name}".strip()
 
 
 class Lowering(ABC):
@@ -87,7 +92,7 @@ class Vmapped(Lowering):
         super().__init__(model)
         for name, module in model.named_modules():
             if isinstance(module, nn.RNNBase):
-                what = f"{type(module).__name__} {name}".strip()
+                what = _called(module, name)
                 raise UnsuitedError(f"{what} is one operation to torch, and one that its vmap does not take")
         self._buffers = [name for name, _ in model.named_buffers()]
 
@@ -303,7 +308,7 @@ class Grouped(Lowering):
 
 def _layers_of(model: nn.Module, prefix: str, parameters: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
     """The layers in order, with what their parameters' names begin with."""
-    what = f"{type(model).__name__} {prefix.rstrip('.')}".strip()
+    what = _called(model, prefix.rstrip("."))
     if type(model) is nn.Sequential:
         _refuse_changes(model, what)
         for name, layer in model._modules.items():  # named_children() would pass over one that comes twice
