@@ -72,11 +72,7 @@ class Space:
         """A group's options with every number spread over ``weight``."""
         if self.models is None:
             return group
-        return {
-            name: self.spread(value, weight) if isinstance(value, (Tensor, tuple)) else value
-            for name, value in group.items()
-            if name != "params"
-        }
+        return {name: self.spread(value, weight) for name, value in group.items() if name != "params"}
 
     def sum(self, tensors: Iterable[Tensor]) -> Tensor:
         """Sum of all entries of all tensors, in float64, on the first one's device; zero for no tensor."""
