@@ -772,8 +772,10 @@ class TestKinds:
         spec = RunSpec("small", "v", optimizer, {}, 1.0, 6, 2, 0)
         assert "another package's" in (refusal(make_task(), spec) or "")
         assert usable(make_task(), spec) == []
-        with pytest.raises(UserError, match="another package's"):
-            train_stack(make_task(), [spec])
+        assert of_one_kind([spec, make_spec()]) == [[spec], [make_spec()]]
+        for runs in ([spec], [spec, replace(spec, seed=1)]):
+            with pytest.raises(UserError, match="another package's"):
+                train_stack(make_task(), runs)
 
     def test_runs_of_two_groups_are_no_stack(self):
         with pytest.raises(UserError, match="differ in more than"):
