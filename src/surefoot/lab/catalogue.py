@@ -32,8 +32,8 @@ from surefoot.optim import (
     SRprop,
     WNGrad,
 )
-from surefoot.optim.directions import SGD, Adam, Direction, Momentum, Nesterov
-from surefoot.optim.parts import Number
+from surefoot.optim.directions import SGD, Adam, Momentum, Nesterov
+from surefoot.optim.parts import Direction, Number
 from surefoot.optim.rules import Constant, Hypergradient, Rule, Window
 
 if TYPE_CHECKING:

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from surefoot.optim.averaging import Average
-from surefoot.optim.directions import Direction
-from surefoot.optim.parts import WEIGHT, Number, Part, Slot, State, all_of, require, require_whole
+from surefoot.optim.parts import WEIGHT, Direction, Number, Part, Slot, State, all_of, require, require_whole
 from surefoot.optim.precision import is_short, narrow_, rounding, widen, working_dtype
 from surefoot.optim.probe import RandomState, called_modules, leaving_no_trace
 from surefoot.optim.rules.base import Rule

@@ -28,52 +28,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from surefoot.optim.parts import Number, Part, Slot, State, all_of, require, require_pair
-
-
-def is_some(number: Number) -> bool:
-    """Whether an option has an effect, not being 0 (a tensor is not looked into: that would wait for the device)."""
-    return isinstance(number, Tensor) or number != 0
-
-
-@dataclass(frozen=True)
-class Direction(Part):
-    """Base of all directions. ``weight_decay``: at least 0."""
-
-    weight_decay: Number = field(default=0.0, kw_only=True)
-    decoupled_weight_decay: bool = field(default=False, kw_only=True)
-
-    def check(self) -> None:
-        require("weight_decay", self.weight_decay, "at least 0", lambda v: v >= 0)
-
-    def couple(self, grad: Tensor, weight: Tensor, options: Mapping[str, Any]) -> Tensor:
-        """The gradient with coupled weight decay."""
-        decay = self.coupled(options)
-        return grad + decay * weight if is_some(decay) else grad
-
-    def coupled(self, options: Mapping[str, Any]) -> Number:
-        """The coefficient of coupled weight decay."""
-        return 0.0 if options["decoupled_weight_decay"] else options["weight_decay"]
-
-    def shrink(self, update: Tensor, weight: Tensor, options: Mapping[str, Any]) -> Tensor:
-        """The update with decoupled weight decay."""
-        return update + options["weight_decay"] * weight if self.shrinks(options) else update
-
-    def shrinks(self, options: Mapping[str, Any]) -> bool:
-        """Whether there is decoupled weight decay."""
-        return is_some(options["weight_decay"]) and options["decoupled_weight_decay"]
-
-    def propose(self, slot: Slot) -> Tensor:
-        """The update ``u`` for one parameter; stores the direction's own state."""
-        raise NotImplementedError
-
-    def raw(self, slot: Slot) -> Tensor:
-        """The update without its momentum, after :meth:`propose`: of one step's gradient alone."""
-        return slot.update
-
-    def gain(self, options: Mapping[str, Any]) -> Number:
-        """How many times :meth:`raw` the update grows to under a constant gradient."""
-        return 1.0
+from surefoot.optim.parts import Direction, Number, Slot, State, all_of, is_some, require, require_pair
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,12 @@ from surefoot.optim.directions import (
     SGD,
     Adam,
     AnnealedAdam,
-    Direction,
     Momentum,
     Nesterov,
     Sign,
     by_name,
-    is_some,
 )
-from surefoot.optim.parts import Number, require
+from surefoot.optim.parts import Direction, Number, is_some, require
 from surefoot.optim.rules import parabola, polyak
 from surefoot.optim.rules.divergence import Divergence
 from surefoot.optim.rules.hypergradient import Hypergradient

@@ -1,18 +1,18 @@
-"""What a direction and a rule have in common: options, declared state, and the view of one parameter they work on."""
+"""What directions and rules have in common: options, declared state, and the view of one parameter they work on.
+
+The base of all directions is here too, since that view shows a rule the direction that it is combined with.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from surefoot.optim.space import Space
-
-if TYPE_CHECKING:
-    from surefoot.optim.directions import Direction
 
 Number = float | Tensor
 """A hyper-parameter: a number, or in a stack of K models a tensor with one for each, shape ``[K]``."""
@@ -77,12 +77,12 @@ class Part:
     """Base of directions and rules: a frozen dataclass whose fields are options that a parameter group may override."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for option in fields(self):
+            value = getattr(self, option.name)
             if isinstance(value, list):  # a pair, as JSON gives it back
-                object.__setattr__(self, field.name, tuple(value))
-            if type(field.default) is bool:
-                require(field.name, value, "True or False", lambda v: isinstance(v, bool))
+                object.__setattr__(self, option.name, tuple(value))
+            if type(option.default) is bool:
+                require(option.name, value, "True or False", lambda v: isinstance(v, bool))
         self.check()
 
     def check(self) -> None:
@@ -93,7 +93,7 @@ class Part:
 
     def options(self) -> dict[str, Any]:
         """The options with their values, by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {option.name: getattr(self, option.name) for option in fields(self)}
 
     def declare(self, options: Mapping[str, Any]) -> tuple[State, ...]:
         """The state of each parameter in a group with these options."""
@@ -149,3 +149,48 @@ def all_of(*conditions: Any) -> Any:
             else result and condition
         )
     return result
+
+
+def is_some(number: Number) -> bool:
+    """Whether an option has an effect, not being 0 (a tensor is not looked into: that would wait for the device)."""
+    return isinstance(number, Tensor) or number != 0
+
+
+@dataclass(frozen=True)
+class Direction(Part):
+    """Base of all directions. ``weight_decay``: at least 0."""
+
+    weight_decay: Number = field(default=0.0, kw_only=True)
+    decoupled_weight_decay: bool = field(default=False, kw_only=True)
+
+    def check(self) -> None:
+        require("weight_decay", self.weight_decay, "at least 0", lambda v: v >= 0)
+
+    def couple(self, grad: Tensor, weight: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """The gradient with coupled weight decay."""
+        decay = self.coupled(options)
+        return grad + decay * weight if is_some(decay) else grad
+
+    def coupled(self, options: Mapping[str, Any]) -> Number:
+        """The coefficient of coupled weight decay."""
+        return 0.0 if options["decoupled_weight_decay"] else options["weight_decay"]
+
+    def shrink(self, update: Tensor, weight: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """The update with decoupled weight decay."""
+        return update + options["weight_decay"] * weight if self.shrinks(options) else update
+
+    def shrinks(self, options: Mapping[str, Any]) -> bool:
+        """Whether there is decoupled weight decay."""
+        return is_some(options["weight_decay"]) and options["decoupled_weight_decay"]
+
+    def propose(self, slot: Slot) -> Tensor:
+        """The update ``u`` for one parameter; stores the direction's own state."""
+        raise NotImplementedError
+
+    def raw(self, slot: Slot) -> Tensor:
+        """The update without its momentum, after :meth:`propose`: of one step's gradient alone."""
+        return slot.update
+
+    def gain(self, options: Mapping[str, Any]) -> Number:
+        """How many times :meth:`raw` the update grows to under a constant gradient."""
+        return 1.0

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surefoot.optim.directions import is_some
-from surefoot.optim.parts import Number, Slot, State
+from surefoot.optim.parts import Number, Slot, State, is_some
 from surefoot.optim.rules.base import Rule
 
 

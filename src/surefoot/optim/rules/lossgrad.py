@@ -13,8 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from surefoot.optim.directions import is_some
-from surefoot.optim.parts import Number, Slot, State, all_of, require, require_limits, require_whole
+from surefoot.optim.parts import Number, Slot, State, all_of, is_some, require, require_limits, require_whole
 from surefoot.optim.precision import rounding
 from surefoot.optim.rules.base import Rule
 
