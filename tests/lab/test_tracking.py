@@ -232,12 +232,15 @@ class TestWandB:
         return found
 
     def test_curves_settings_and_names(self, tmp_path, run):
+        import wandb
+
         results = [run(seed=0), run(seed=1)]
         log = Tracking("wandb", tmp_path)
         log.describe(TASK, {result.spec.key: "adam[window=50]" for result in results})
         log.open()
         for result in results:
             log.log(result)
+        wandb.teardown()  # as at a process's end: a run's file is written some milliseconds after the run has finished
         for result in results:
             (folder,) = (tmp_path / "wandb").glob(f"offline-run-*-{result.spec.key[:16]}")
             records = self.records(folder)
